@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every limit of the core, named and in one place.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tp {
+
+inline constexpr std::size_t kKiB = 1024;
+inline constexpr std::size_t kMiB = 1024 * kKiB;
+inline constexpr std::size_t kGiB = 1024 * kMiB;
+
+// A huge page on x86-64 and on arm64 with 4 KiB base pages: the smallest page we move without splitting one.
+inline constexpr std::size_t kPageBytesMin = 2 * kMiB;
+inline constexpr std::size_t kPageBytesMax = 64 * kMiB;
+
+// Alignment assumed where the file system does not say (kernels before 6.1 have no STATX_DIOALIGN).
+inline constexpr std::uint32_t kDirectAlignFallbackBytes = 4096;
+
+// One request to the kernel. 1 MiB x depth 8 measured best on the development drive (design.md).
+inline constexpr std::size_t kIoRequestBytesMax = 1 * kMiB;
+inline constexpr unsigned kIoDepthDefault = 16;
+inline constexpr unsigned kIoDepthMax = 1024;
+
+// Transient errors (EINTR, EAGAIN) are retried this often for one request before they become an error.
+inline constexpr unsigned kIoRetryMax = 1000;
+
+// io_uring refuses larger registered buffers (io_uring_register(2)).
+inline constexpr std::size_t kRegisteredBufferBytesMax = 1 * kGiB;
+
+inline constexpr unsigned kFilesMax = 4096;
+inline constexpr std::size_t kFramesMin = 4;
+
+}  // namespace tp

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// A file the pager reads from (a checkpoint, opened read-only) or spills to (unlinked at birth).
+//
+// open_checkpoint: O_RDONLY|O_CLOEXEC, refuses what is not a regular file; direct when the file system takes O_DIRECT
+// (DirectPolicy), the alignment asked of the file with STATX_DIOALIGN. open_spill: O_TMPFILE, else O_CREAT|O_EXCL|
+// O_NOFOLLOW and unlinked at once; mode 0600. preallocate() makes room now, so that a full disk is met here.
+// Errors: Error(io) with path, call and errno. Move-only; closes its descriptor.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "io/io_queue.hpp"
+
+namespace tp {
+
+enum class DirectPolicy { required, optional, disabled };
+
+class File {
+ public:
+  static File open_checkpoint(const std::string& path, DirectPolicy policy);
+  static File open_spill(const std::string& directory, DirectPolicy policy);
+
+  File(File&& other) noexcept;
+  File& operator=(File&& other) noexcept;
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  ~File();
+
+  int descriptor() const noexcept { return descriptor_; }
+  const std::string& path() const noexcept { return path_; }
+  std::uint64_t size_bytes() const noexcept { return size_bytes_; }  // when opened
+  bool direct() const noexcept { return direct_; }
+  const std::string& direct_reason() const noexcept { return direct_reason_; }  // why not, when not
+  std::uint32_t align_bytes() const noexcept { return align_bytes_; }  // of memory, offset and size; 1 when buffered
+
+  void preallocate(std::uint64_t offset_bytes, std::uint64_t size_bytes);
+
+ private:
+  File() = default;
+  int descriptor_ = -1;
+  std::string path_;
+  std::uint64_t size_bytes_ = 0;
+  bool direct_ = false;
+  std::string direct_reason_;
+  std::uint32_t align_bytes_ = 1;
+};
+
+}  // namespace tp
