@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// One entry for every page of the address space: where it is, where its bytes come from, who forbids its eviction.
+//
+// Residency is one state, changed only by PageTable::set_state, which checks the transition table in page_table.cpp.
+// Threads: every access under the lock of Residency. Blocking: never. Errors: none; a wrong transition is an assertion.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/ids.hpp"
+
+namespace tp {
+
+enum class PageState : std::uint8_t {
+  absent,       // only its backing has the bytes
+  reading,      // a read into its host frame is in flight
+  host,         // its host frame has the bytes; no address shows them
+  copying_in,   // on its way from the host frame to the device frame
+  device,       // resident: its address shows the bytes
+  copying_out,  // leaving its address
+  writing,      // a write of its (modified) bytes is in flight; the frame is immutable
+  failed,       // the last transfer failed; the next access tries again
+};
+inline constexpr std::size_t kPageStateCount = 8;
+
+const char* page_state_name(PageState state) noexcept;
+bool page_transition_allowed(PageState from, PageState to) noexcept;
+
+enum class Backing : std::uint8_t {
+  zero,        // never written: reads as zeros, no I/O
+  checkpoint,  // the user's file, read-only
+  spill,       // our own file; checksum and generation below
+};
+
+struct PageEntry {
+  PageState state = PageState::absent;
+  Backing backing = Backing::zero;
+  bool dirty = false;
+  std::uint16_t file = 0;         // index into the transfer's files, for Backing::checkpoint
+  std::uint32_t pins = 0;         // acquires not yet released
+  std::uint32_t waiters = 0;      // threads that wait for this page
+  FrameId frame;                  // valid from reading to writing
+  std::uint32_t valid_bytes = 0;  // bytes that the backing has; the last page of a file is short
+  std::uint32_t generation = 0;   // counts the writebacks, so that a stale page is told from the current one
+  std::uint64_t offset_bytes = 0;  // in the checkpoint or in the spill
+  std::uint64_t checksum = 0;      // XXH3 of the spilled bytes, mixed with page and generation; kept in RAM only
+  std::uint64_t last_use = 0;      // tick of the last release, for least recently used when there is no schedule
+};
+
+class PageTable {
+ public:
+  void append(const PageEntry& entry);
+  std::size_t size() const noexcept { return entries_.size(); }
+  PageEntry& at(PageId page);
+  const PageEntry& at(PageId page) const;
+  void set_state(PageId page, PageState to);
+  bool resident(PageId page) const { return at(page).state == PageState::device; }
+  std::uint64_t resident_count() const noexcept { return resident_count_; }
+
+ private:
+  std::vector<PageEntry> entries_;
+  std::uint64_t resident_count_ = 0;
+};
+
+}  // namespace tp

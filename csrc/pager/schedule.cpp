@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pager/schedule.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "base/check.hpp"
+#include "base/error.hpp"
+
+namespace tp {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) {
+  throw Error(ErrorKind::invalid, "schedule refused: " + what + "; schedules come from tensorpager.plan.plan()");
+}
+
+void check_range(const char* array, std::span<const std::int32_t> values, std::int64_t low, std::int64_t end) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] < low || values[i] >= end) {
+      refuse(std::string(array) + "[" + std::to_string(i) + "] is " + std::to_string(values[i]) + ", outside [" +
+             std::to_string(low) + ", " + std::to_string(end) + ")");
+    }
+  }
+}
+
+void check_ascending(const char* array, std::span<const std::int32_t> values) {
+  const auto drop = std::adjacent_find(values.begin(), values.end(), std::greater<>());
+  if (drop != values.end()) refuse(std::string(array) + " descends after index " + std::to_string(drop - values.begin()));
+}
+
+void check_arrays(const ScheduleArrays& arrays, std::size_t set_count, std::size_t page_count, std::size_t frame_count) {
+  const auto steps = static_cast<std::int64_t>(arrays.step_set.size());
+  const std::size_t actions = arrays.action_page_in.size();
+  if (steps == 0) refuse("it has no steps");
+  if (arrays.action_step.size() != actions || arrays.action_deadline.size() != actions || arrays.action_evict.size() != actions) {
+    refuse("the action arrays differ in length");
+  }
+  const auto pages = static_cast<std::int64_t>(page_count);
+  check_range("step_set", arrays.step_set, 0, static_cast<std::int64_t>(set_count));
+  check_range("initial_pages", arrays.initial_pages, 0, pages);
+  check_range("action_step", arrays.action_step, 0, steps + 1);
+  check_range("action_deadline", arrays.action_deadline, 0, 2 * steps);
+  check_range("action_page_in", arrays.action_page_in, 0, pages);
+  check_range("action_evict", arrays.action_evict, -1, pages);
+  check_ascending("action_step", arrays.action_step);
+  check_ascending("action_deadline", arrays.action_deadline);
+  if (arrays.initial_pages.size() > frame_count) refuse("initial_pages holds more pages than there are frames");
+}
+
+}  // namespace
+
+void Schedule::Occurrences::build(std::size_t keys, const std::vector<std::pair<std::uint32_t, std::int32_t>>& pairs) {
+  row.assign(keys + 1, 0);
+  for (const auto& [key, where] : pairs) ++row[key + 1];
+  for (std::size_t key = 0; key < keys; ++key) row[key + 1] += row[key];
+  position.resize(pairs.size());
+  std::vector<std::uint32_t> fill(row.begin(), row.end() - 1);
+  for (const auto& [key, where] : pairs) position[fill[key]++] = where;  // pairs come in ascending order of `where`
+}
+
+std::optional<std::int64_t> Schedule::Occurrences::next(std::uint32_t key, std::int64_t from, std::int64_t cycle_length) const {
+  TP_DCHECK(from >= 0 && cycle_length > 0);
+  if (key + 1 >= row.size() || row[key] == row[key + 1]) return std::nullopt;
+  const std::int64_t cycle = from / cycle_length;
+  const auto within = static_cast<std::int32_t>(from % cycle_length);
+  const auto begin = position.begin() + row[key];
+  const auto end = position.begin() + row[key + 1];
+  const auto found = std::lower_bound(begin, end, within);
+  if (found != end) return cycle * cycle_length + *found;
+  return (cycle + 1) * cycle_length + *begin;
+}
+
+Schedule::Schedule(const ScheduleArrays& arrays, std::span<const std::vector<PageId>> set_pages, std::size_t page_count,
+                   std::size_t frame_count) {
+  check_arrays(arrays, set_pages.size(), page_count, frame_count);
+  std::vector<std::pair<std::uint32_t, std::int32_t>> by_set, by_page, by_action;
+  for (std::size_t step = 0; step < arrays.step_set.size(); ++step) {
+    const auto set = static_cast<std::uint32_t>(arrays.step_set[step]);
+    step_set_.push_back(SetId{set});
+    by_set.emplace_back(set, static_cast<std::int32_t>(step));
+    for (const PageId page : set_pages[set]) by_page.emplace_back(page.value, static_cast<std::int32_t>(step));
+  }
+  for (const std::int32_t page : arrays.initial_pages) initial_pages_.push_back(PageId{static_cast<std::uint32_t>(page)});
+  for (std::size_t i = 0; i < arrays.action_page_in.size(); ++i) {
+    const auto page = static_cast<std::uint32_t>(arrays.action_page_in[i]);
+    const PageId evict = arrays.action_evict[i] < 0 ? PageId{} : PageId{static_cast<std::uint32_t>(arrays.action_evict[i])};
+    if (arrays.action_deadline[i] < arrays.action_step[i]) refuse("action " + std::to_string(i) + " may start only after its deadline");
+    actions_.push_back({arrays.action_step[i], arrays.action_deadline[i], PageId{page}, evict});
+    by_action.emplace_back(page, static_cast<std::int32_t>(i));
+  }
+  steps_by_set_.build(set_pages.size(), by_set);
+  uses_by_page_.build(page_count, by_page);
+  actions_by_page_.build(page_count, by_action);
+}
+
+SetId Schedule::set_of(std::int64_t absolute_step) const {
+  TP_DCHECK(absolute_step >= 0);
+  return step_set_[static_cast<std::size_t>(absolute_step % step_count())];
+}
+
+Action Schedule::action(std::int64_t absolute_action) const {
+  TP_CHECK(absolute_action >= 0 && !actions_.empty());
+  Action action = actions_[static_cast<std::size_t>(absolute_action % action_count())];
+  const std::int64_t first_step = absolute_action / action_count() * step_count();
+  action.step += first_step;
+  action.deadline += first_step;
+  return action;
+}
+
+std::optional<std::int64_t> Schedule::next_step_of(SetId set, std::int64_t from) const {
+  return steps_by_set_.next(set.value, from, step_count());
+}
+
+std::optional<std::int64_t> Schedule::next_use(PageId page, std::int64_t from) const {
+  return uses_by_page_.next(page.value, from, step_count());
+}
+
+std::optional<std::int64_t> Schedule::next_page_in(PageId page, std::int64_t from) const {
+  if (actions_.empty()) return std::nullopt;
+  return actions_by_page_.next(page.value, from, action_count());
+}
+
+std::optional<std::int64_t> Tape::match(SetId set, AcquireKind kind) {
+  if (schedule_.set_of(position_) == set) return position_++;
+  if (kind == AcquireKind::step) {
+    // Further on in this pass: the model left steps out (an expert not chosen, an early exit). Far ahead means that it went back
+    // instead (recomputation, a module called again), and the schedule stays where it is.
+    const std::optional<std::int64_t> found = schedule_.next_step_of(set, position_);
+    if (found && *found - position_ <= schedule_.step_count() / 2) {
+      ++jumps;
+      position_ = *found + 1;
+      return found;
+    }
+  }
+  ++off_schedule;
+  return std::nullopt;
+}
+
+void Tape::begin_pass() noexcept {
+  const std::int64_t steps = schedule_.step_count();
+  position_ = (position_ + steps - 1) / steps * steps;
+}
+
+}  // namespace tp

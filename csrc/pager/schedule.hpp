@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// A schedule is data: one cycle of steps and the page-ins and evictions that go with it, repeated for ever. Computed by
+// tensorpager/plan.py, which defines the arrays; checked here; carried out by the executor.
+//
+// Absolute numbers run on across cycles: step s of cycle c is c * step_count + s, and likewise for actions.
+//
+// Tape: where the run is on the schedule. An acquire that is the expected next step moves the position by one. One that is found
+// a little further on (the model left steps out) jumps there. Anything else leaves the position alone: it is off schedule.
+//
+// Threads: under the lock of Residency. Blocking: never. Errors: Error(invalid) from the constructor, naming array and index.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "base/ids.hpp"
+
+namespace tp {
+
+struct ScheduleArrays {
+  std::span<const std::int32_t> step_set;         // [S] set acquired by each step
+  std::span<const std::int32_t> initial_pages;    // resident at the start of the cycle
+  std::span<const std::int32_t> action_step;      // [A] not before this many steps of the cycle have been acquired
+  std::span<const std::int32_t> action_deadline;  // [A] step that needs the page; >= S: of the next cycle
+  std::span<const std::int32_t> action_page_in;   // [A]
+  std::span<const std::int32_t> action_evict;     // [A] page whose frame is reused, -1: a free frame
+};
+
+struct Action {
+  std::int64_t step;      // absolute
+  std::int64_t deadline;  // absolute
+  PageId page_in;
+  PageId evict;  // may be invalid
+};
+
+class Schedule {
+ public:
+  // set_pages[i]: sorted pages of set i.
+  Schedule(const ScheduleArrays& arrays, std::span<const std::vector<PageId>> set_pages, std::size_t page_count,
+           std::size_t frame_count);
+
+  std::int64_t step_count() const noexcept { return static_cast<std::int64_t>(step_set_.size()); }
+  std::int64_t action_count() const noexcept { return static_cast<std::int64_t>(actions_.size()); }
+  std::span<const PageId> initial_pages() const noexcept { return initial_pages_; }
+  SetId set_of(std::int64_t absolute_step) const;
+  Action action(std::int64_t absolute_action) const;
+
+  // First absolute step at or after `from` that acquires the set / uses the page; nothing when no step ever does.
+  std::optional<std::int64_t> next_step_of(SetId set, std::int64_t from) const;
+  std::optional<std::int64_t> next_use(PageId page, std::int64_t from) const;
+  // First absolute action at or after `from` that brings the page in.
+  std::optional<std::int64_t> next_page_in(PageId page, std::int64_t from) const;
+
+ private:
+  // For each key, the ascending positions at which it occurs in one cycle, as compressed rows.
+  struct Occurrences {
+    std::vector<std::uint32_t> row;  // [keys + 1]
+    std::vector<std::int32_t> position;
+    void build(std::size_t keys, const std::vector<std::pair<std::uint32_t, std::int32_t>>& pairs);
+    std::optional<std::int64_t> next(std::uint32_t key, std::int64_t from, std::int64_t cycle_length) const;
+  };
+
+  std::vector<SetId> step_set_;
+  std::vector<PageId> initial_pages_;
+  std::vector<Action> actions_;
+  Occurrences steps_by_set_, uses_by_page_, actions_by_page_;
+};
+
+enum class AcquireKind : std::uint8_t { step, stray };  // a module's window, or an access outside of any
+
+class Tape {
+ public:
+  explicit Tape(Schedule schedule) : schedule_(std::move(schedule)) {}
+  const Schedule& schedule() const noexcept { return schedule_; }
+  std::int64_t position() const noexcept { return position_; }  // steps acquired so far; the next one's number
+
+  // The absolute step that this acquire is, and the position moves behind it; nothing when off schedule.
+  std::optional<std::int64_t> match(SetId set, AcquireKind kind);
+  void begin_pass() noexcept;
+
+  std::int64_t next_action = 0;   // absolute; the executor's
+  std::size_t next_initial = 0;   // into initial_pages; the executor's
+  std::uint64_t jumps = 0;        // acquires found further on
+  std::uint64_t off_schedule = 0;  // acquires not found
+
+ private:
+  Schedule schedule_;
+  std::int64_t position_ = 0;
+};
+
+}  // namespace tp
