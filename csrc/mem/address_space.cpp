@@ -32,17 +32,27 @@ void move_mapping(std::byte* from, std::byte* to, std::size_t bytes, PageId page
 
 }  // namespace
 
-AddressSpace::AddressSpace(std::size_t page_bytes) : page_bytes_(page_bytes) {
+AddressSpace::AddressSpace(std::size_t page_bytes)
+    : page_bytes_(page_bytes), storage_(std::make_unique<Region[]>(kFilesMax)) {
   TP_CHECK(page_bytes >= kPageBytesMin && page_bytes <= kPageBytesMax);
 }
 
 AddressSpace::~AddressSpace() {
-  for (const Region& region : regions_) munmap(region.reservation, region.reservation_bytes);
+  for (const Region& region : regions()) munmap(region.reservation, region.reservation_bytes);
+}
+
+std::span<const AddressSpace::Region> AddressSpace::regions() const noexcept {
+  return {storage_.get(), region_count_.load(std::memory_order_acquire)};
 }
 
 PageRange AddressSpace::reserve(std::size_t page_count) {
   TP_CHECK(page_count > 0);
-  if (page_count > 0x7fffffffu - page_count_) {
+  const std::size_t region = region_count_.load(std::memory_order_relaxed);
+  if (region == kFilesMax) {
+    throw Error(ErrorKind::invalid, "an address space holds at most " + std::to_string(kFilesMax) + " regions (files)");
+  }
+  const std::size_t first_page = this->page_count();
+  if (page_count > 0x7fffffffu - first_page) {
     throw Error(ErrorKind::invalid, "an address space holds at most 2^31 pages; use larger pages (page_bytes)");
   }
   const std::size_t bytes = (page_count + 1) * page_bytes_;
@@ -60,24 +70,26 @@ PageRange AddressSpace::reserve(std::size_t page_count) {
   }
   auto* reservation = static_cast<std::byte*>(memory);
   const auto address = reinterpret_cast<std::uintptr_t>(reservation);
-  const PageRange pages{static_cast<std::uint32_t>(page_count_), static_cast<std::uint32_t>(page_count)};
-  regions_.push_back({reservation, bytes, reservation + (page_bytes_ - address % page_bytes_) % page_bytes_, pages});
-  page_count_ += page_count;
+  const PageRange pages{static_cast<std::uint32_t>(first_page), static_cast<std::uint32_t>(page_count)};
+  storage_[region] = {reservation, bytes, reservation + (page_bytes_ - address % page_bytes_) % page_bytes_, pages};
+  region_count_.store(region + 1, std::memory_order_release);
+  page_count_.store(first_page + page_count, std::memory_order_release);
   return pages;
 }
 
 std::byte* AddressSpace::address(PageId page) const {
-  TP_CHECK(page.value < page_count_);
-  const auto after = std::upper_bound(regions_.begin(), regions_.end(), page.value,
+  const std::span<const Region> all = regions();
+  const auto after = std::upper_bound(all.begin(), all.end(), page.value,
                                       [](std::uint32_t value, const Region& region) { return value < region.pages.first; });
-  TP_CHECK(after != regions_.begin());
+  TP_CHECK(after != all.begin());
   const Region& region = *(after - 1);
+  TP_CHECK(page.value - region.pages.first < region.pages.count);
   return region.base + static_cast<std::size_t>(page.value - region.pages.first) * page_bytes_;
 }
 
 PageId AddressSpace::find(const void* address) const noexcept {
   const auto* byte = static_cast<const std::byte*>(address);
-  for (const Region& region : regions_) {
+  for (const Region& region : regions()) {
     if (byte < region.base) continue;
     const auto index = static_cast<std::size_t>(byte - region.base) / page_bytes_;
     if (index < region.pages.count) return PageId{region.pages.first + static_cast<std::uint32_t>(index)};
@@ -109,7 +121,7 @@ void AddressSpace::allow_write(PageId page) {
 }
 
 void AddressSpace::discard() noexcept {
-  for (const Region& region : regions_) {
+  for (const Region& region : regions()) {
     void* result = mmap(region.reservation, region.reservation_bytes, PROT_NONE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     TP_CHECK(result == region.reservation);

@@ -13,9 +13,11 @@
 // a shared_ptr to the space. After discard() no page is resident and no frame may be mapped any more.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <memory>
+#include <span>
 
 #include "base/ids.hpp"
 #include "mem/frame_pool.hpp"
@@ -36,7 +38,7 @@ class AddressSpace {
 
   // Reserves addresses for page_count pages in one contiguous run that starts at a multiple of the page size.
   PageRange reserve(std::size_t page_count);
-  std::size_t page_count() const noexcept { return page_count_; }
+  std::size_t page_count() const noexcept { return page_count_.load(std::memory_order_acquire); }
   std::size_t page_bytes() const noexcept { return page_bytes_; }
   std::byte* address(PageId page) const;
   // The page at an address, or an invalid id when it lies outside every region.
@@ -52,14 +54,19 @@ class AddressSpace {
 
  private:
   struct Region {
-    std::byte* reservation;
-    std::size_t reservation_bytes;
-    std::byte* base;
+    std::byte* reservation = nullptr;
+    std::size_t reservation_bytes = 0;
+    std::byte* base = nullptr;
     PageRange pages;
   };
+  std::span<const Region> regions() const noexcept;
+
+  // Fixed storage, published by the count: the executor and the fault handler look addresses up while another
+  // thread reserves the next region.
   std::size_t page_bytes_;
-  std::size_t page_count_ = 0;
-  std::vector<Region> regions_;  // in order of their pages
+  std::unique_ptr<Region[]> storage_;  // in order of their pages
+  std::atomic<std::size_t> region_count_{0};
+  std::atomic<std::size_t> page_count_{0};
 };
 
 }  // namespace tp

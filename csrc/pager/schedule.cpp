@@ -80,7 +80,11 @@ Schedule::Schedule(const ScheduleArrays& arrays, std::span<const std::vector<Pag
     by_set.emplace_back(set, static_cast<std::int32_t>(step));
     for (const PageId page : set_pages[set]) by_page.emplace_back(page.value, static_cast<std::int32_t>(step));
   }
-  for (const std::int32_t page : arrays.initial_pages) initial_pages_.push_back(PageId{static_cast<std::uint32_t>(page)});
+  initial_rank_.assign(page_count, static_cast<std::uint32_t>(arrays.initial_pages.size()));
+  for (const std::int32_t page : arrays.initial_pages) {
+    initial_rank_[static_cast<std::size_t>(page)] = static_cast<std::uint32_t>(initial_pages_.size());
+    initial_pages_.push_back(PageId{static_cast<std::uint32_t>(page)});
+  }
   for (std::size_t i = 0; i < arrays.action_page_in.size(); ++i) {
     const auto page = static_cast<std::uint32_t>(arrays.action_page_in[i]);
     const PageId evict = arrays.action_evict[i] < 0 ? PageId{} : PageId{static_cast<std::uint32_t>(arrays.action_evict[i])};
@@ -91,6 +95,11 @@ Schedule::Schedule(const ScheduleArrays& arrays, std::span<const std::vector<Pag
   steps_by_set_.build(set_pages.size(), by_set);
   uses_by_page_.build(page_count, by_page);
   actions_by_page_.build(page_count, by_action);
+}
+
+std::size_t Schedule::initial_rank(PageId page) const {
+  // Pages mapped after the schedule was made are in none of its lists.
+  return page.value < initial_rank_.size() ? initial_rank_[page.value] : initial_pages_.size();
 }
 
 SetId Schedule::set_of(std::int64_t absolute_step) const {

@@ -44,6 +44,8 @@ class Schedule {
   std::int64_t step_count() const noexcept { return static_cast<std::int64_t>(step_set_.size()); }
   std::int64_t action_count() const noexcept { return static_cast<std::int64_t>(actions_.size()); }
   std::span<const PageId> initial_pages() const noexcept { return initial_pages_; }
+  // Place of the page in initial_pages(), or its size when it is not one of them.
+  std::size_t initial_rank(PageId page) const;
   SetId set_of(std::int64_t absolute_step) const;
   Action action(std::int64_t absolute_action) const;
 
@@ -64,6 +66,7 @@ class Schedule {
 
   std::vector<SetId> step_set_;
   std::vector<PageId> initial_pages_;
+  std::vector<std::uint32_t> initial_rank_;  // by page
   std::vector<Action> actions_;
   Occurrences steps_by_set_, uses_by_page_, actions_by_page_;
 };

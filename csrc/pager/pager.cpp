@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pager/pager.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <limits>
+#include <string>
+
+#include "base/check.hpp"
+#include "io/probe.hpp"
+#include "pager/fault_handler.hpp"
+
+namespace tp {
+namespace {
+
+constexpr std::size_t kDemandTransfers = 4;  // beside the prefetches in flight
+constexpr unsigned long kMapCountFallback = 65530;
+
+unsigned long mapping_count_max() {
+  std::FILE* file = std::fopen("/proc/sys/vm/max_map_count", "re");
+  if (file == nullptr) return kMapCountFallback;
+  unsigned long count = 0;
+  if (std::fscanf(file, "%lu", &count) != 1) count = kMapCountFallback;
+  std::fclose(file);
+  return count;
+}
+
+// The smallest page with which every frame may be a mapping of its own: each one that is resident splits the address space in up to
+// two more and leaves its slot as another. A third of vm.max_map_count stays for the rest of the process.
+// Worked example: 65,530 / 3 * 2 / 3 = 14,562 frames: 2 MiB pages up to 28 GiB of budget, 4 MiB up to 56 GiB.
+std::size_t choose_page_bytes(std::uint64_t budget_bytes) {
+  const std::uint64_t frames_max = std::max(1024ul, mapping_count_max() / 3 * 2 / 3);
+  std::size_t page_bytes = kPageBytesMin;
+  while (page_bytes < kPageBytesMax && budget_bytes / page_bytes > frames_max) page_bytes *= 2;
+  return page_bytes;
+}
+
+std::size_t checked_page_bytes(const PagerOptions& options) {
+  if (options.page_bytes == 0) return choose_page_bytes(options.budget_bytes);
+  const bool power_of_two = (options.page_bytes & (options.page_bytes - 1)) == 0;
+  if (!power_of_two || options.page_bytes < kPageBytesMin || options.page_bytes > kPageBytesMax) {
+    throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(options.page_bytes) + "; it must be a power of two from 2 MiB to 64 MiB");
+  }
+  return options.page_bytes;
+}
+
+ExecutorOptions executor_options(const PagerOptions& options, std::size_t page_bytes, std::size_t frame_count) {
+  ExecutorOptions result;
+  const std::uint64_t wanted = options.inflight_bytes != 0 ? options.inflight_bytes : kInflightBytesDefault;
+  const std::size_t transfers = std::clamp<std::size_t>(wanted / page_bytes, 1, std::max<std::size_t>(1, frame_count / 2));
+  result.inflight_bytes = transfers * page_bytes;
+  result.spill_directory = options.spill_directory;
+  IoQueueOptions queue_options;
+  const std::size_t requests = (transfers + kDemandTransfers) * ((page_bytes + kIoRequestBytesMax - 1) / kIoRequestBytesMax);
+  queue_options.depth = static_cast<unsigned>(std::max<std::size_t>(requests, options.io_depth));
+  if (queue_options.depth > kIoDepthMax) {
+    throw Error(ErrorKind::invalid, "inflight_bytes and io_depth ask for " + std::to_string(queue_options.depth) +
+                                        " requests in flight; at most " + std::to_string(kIoDepthMax) + " are possible");
+  }
+  result.make_queue = options.make_queue ? options.make_queue
+                                         : [engine = options.engine, queue_options] { return make_io_queue(engine, queue_options); };
+  return result;
+}
+
+}  // namespace
+
+Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) {
+  const std::size_t page_bytes = checked_page_bytes(options);
+  if (options.budget_bytes / page_bytes < 2 * kFaultFrames) {
+    throw Error(ErrorKind::budget, "the budget of " + std::to_string(options.budget_bytes / kMiB) + " MiB is too small; at least " +
+                                       std::to_string(2 * kFaultFrames * page_bytes / kMiB) + " MiB are needed with pages of " +
+                                       std::to_string(page_bytes / kMiB) + " MiB");
+  }
+  space_ = std::make_shared<AddressSpace>(page_bytes);
+  pool_ = std::make_unique<FramePool>(options.budget_bytes, page_bytes);
+  residency_ = std::make_unique<Residency>(*space_, pool_->frame_count(), options.event_capacity);
+  executor_ = std::make_unique<Executor>(*residency_, *space_, *pool_, executor_options(options, page_bytes, pool_->frame_count()));
+  executor_->start();
+  io_facts_ = executor_->io_facts();
+  attach_fault_handler(*space_, *residency_);
+}
+
+Pager::~Pager() { close(); }
+
+void Pager::throw_if_unusable() const {
+  if (fork_generation() != fork_generation_) {
+    throw Error(ErrorKind::forked,
+                "this pager belongs to the parent process: a child of fork() has neither its memory nor its I/O thread. Load the model in the "
+                "child, or start workers with the 'spawn' method");
+  }
+  if (closed_.load(std::memory_order_relaxed)) {
+    throw Error(ErrorKind::closed, "the pager is closed: its model's weights are no longer in memory; load it again");
+  }
+}
+
+Region Pager::map_file(const std::string& path) {
+  throw_if_unusable();
+  File file = File::open_checkpoint(path, DirectPolicy::optional);
+  const std::uint64_t size_bytes = file.size_bytes();
+  if (size_bytes == 0) throw Error(ErrorKind::io, path + " is empty", EINVAL);
+  const std::lock_guard lock(sets_mutex_);
+  const PageRange pages = space_->reserve((size_bytes + space_->page_bytes() - 1) / space_->page_bytes());
+  const Region region{space_->address(PageId{pages.first}), size_bytes, pages};
+  std::uint16_t index = 0;
+  {
+    const std::lock_guard residency_lock(residency_->mutex);
+    index = executor_->add_file(std::move(file));
+  }
+  append_region_pages(region, Backing::checkpoint, index);
+  return region;
+}
+
+Region Pager::map_spill(std::uint64_t size_bytes) {
+  throw_if_unusable();
+  if (size_bytes == 0) throw Error(ErrorKind::invalid, "map_spill: size_bytes is 0");
+  const std::lock_guard lock(sets_mutex_);
+  const PageRange pages = space_->reserve((size_bytes + space_->page_bytes() - 1) / space_->page_bytes());
+  const Region region{space_->address(PageId{pages.first}), size_bytes, pages};
+  append_region_pages(region, Backing::zero, 0);
+  return region;
+}
+
+void Pager::append_region_pages(const Region& region, Backing backing, std::uint16_t file) {
+  std::vector<PageEntry> entries(region.pages.count);
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    const std::uint64_t offset = i * space_->page_bytes();
+    entries[i].backing = backing;
+    entries[i].file = file;
+    entries[i].offset_bytes = offset;
+    entries[i].valid_bytes = static_cast<std::uint32_t>(std::min<std::uint64_t>(space_->page_bytes(), region.size_bytes - offset));
+  }
+  residency_->append_pages(entries);
+}
+
+std::vector<PageId> Pager::pages_of(const std::vector<AddressRange>& ranges) const {
+  std::vector<PageId> pages;
+  for (const AddressRange& range : ranges) {
+    if (range.size_bytes == 0) continue;
+    const PageId first = space_->find(range.address);
+    const PageId last = space_->find(range.address + (range.size_bytes - 1));
+    const bool inside = first.valid() && last.valid() && last >= first && (last.value - first.value) <= range.size_bytes / space_->page_bytes() + 1;
+    if (!inside) throw Error(ErrorKind::invalid, "a range of " + std::to_string(range.size_bytes) + " bytes lies outside the pager's address space");
+    for (std::uint32_t page = first.value; page <= last.value; ++page) pages.push_back(PageId{page});
+  }
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  return pages;
+}
+
+SetId Pager::intern_set(std::vector<PageId> pages, const std::string& name) {
+  const auto known = set_by_pages_.find(pages);
+  if (known != set_by_pages_.end()) return known->second;
+  const SetId id = residency_->add_set(name, pages);
+  set_by_pages_.emplace(std::move(pages), id);
+  return id;
+}
+
+SetId Pager::add_set(const std::vector<AddressRange>& ranges, const std::string& name) {
+  throw_if_unusable();
+  const std::lock_guard lock(sets_mutex_);
+  return intern_set(pages_of(ranges), name);
+}
+
+const PageSet& Pager::set(SetId id) const { return residency_->set(id); }
+
+void Pager::acquire(SetId id, const Residency::Interrupted& interrupted) {
+  throw_if_unusable();
+  if (!recorder_.off()) {
+    recorder_.acquired(id);
+    if (recorder_.dry()) return;
+  }
+  residency_->acquire(id, AcquireKind::step, interrupted);
+}
+
+void Pager::release(SetId id) {
+  if (!recorder_.off()) {
+    recorder_.released(id);
+    if (recorder_.dry()) return;
+  }
+  if (fork_generation() != fork_generation_) return;
+  residency_->release(id);
+}
+
+std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted) {
+  throw_if_unusable();
+  SetId id;
+  std::size_t page_count = 0;
+  {
+    const std::lock_guard lock(sets_mutex_);
+    const PageId first = space_->find(range.address);
+    const PageId last = range.size_bytes == 0 ? first : space_->find(range.address + (range.size_bytes - 1));
+    if (!first.valid() || !last.valid()) {
+      throw Error(ErrorKind::invalid, "a range of " + std::to_string(range.size_bytes) + " bytes lies outside the pager's address space");
+    }
+    page_count = last.value - first.value + 1;
+    const std::uint64_t key = static_cast<std::uint64_t>(first.value) << 32 | last.value;
+    const auto known = set_by_range_.find(key);
+    if (known != set_by_range_.end()) {
+      id = known->second;
+    } else {
+      id = intern_set(pages_of({range}), "access to pages " + std::to_string(first.value) + "-" + std::to_string(last.value));
+      set_by_range_.emplace(key, id);
+    }
+  }
+  if (!recorder_.off()) {
+    recorder_.acquired(id);
+    if (recorder_.dry()) return id;
+  }
+  if (!residency_->try_fit(page_count)) return std::nullopt;
+  residency_->acquire(id, AcquireKind::stray, interrupted);
+  return id;
+}
+
+void Pager::begin_pass() {
+  throw_if_unusable();
+  if (!recorder_.off() && recorder_.dry()) return;
+  residency_->begin_pass();
+}
+
+void Pager::set_schedule(const ScheduleArrays& arrays) {
+  throw_if_unusable();
+  std::vector<std::vector<PageId>> set_pages;
+  const std::size_t sets = residency_->set_count();
+  for (std::uint32_t id = 0; id < sets; ++id) set_pages.push_back(residency_->set(SetId{id}).pages);
+  Schedule schedule(arrays, set_pages, space_->page_count(), pool_->frame_count());
+  residency_->set_schedule(std::make_unique<Tape>(std::move(schedule)));
+}
+
+void Pager::clear_schedule() {
+  throw_if_unusable();
+  residency_->set_schedule(nullptr);
+}
+
+IoQueueCounters Pager::io_counters() const { return closed() ? io_counters_at_close_ : executor_->io_counters(); }
+
+std::uint64_t Pager::bytes_in_use_max() const noexcept { return pool_ ? pool_->bytes_in_use_max() : bytes_in_use_max_at_close_; }
+
+void Pager::close() noexcept {
+  const std::lock_guard lock(close_mutex_);
+  if (closed_.exchange(true)) return;
+  if (fork_generation() != fork_generation_) {
+    // The executor's thread and the ring are the parent's: what remains here is left to the end of the process.
+    executor_->abandon();
+    static_cast<void>(executor_.release());
+    static_cast<void>(residency_.release());
+    static_cast<void>(pool_.release());
+    return;
+  }
+  executor_->stop();
+  io_counters_at_close_ = executor_->io_counters();
+  bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
+  detach_fault_handler(*residency_);
+  space_->discard();
+}
+
+}  // namespace tp

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// The core's front door: one address space, one budget of frames, one executor.
+//
+// Threads: every method from any thread. Blocking: acquire, hold and close wait for I/O; the constructor allocates and populates the budget.
+// Ownership: the address space outlives the pager for as long as a tensor over it does (space()); after close() its pages are absent for good.
+// Errors: Error of the kind named at each method; every method but close() and the facts throws Error(closed) after close() and
+//   Error(forked) in a child of fork().
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "mem/address_space.hpp"
+#include "mem/frame_pool.hpp"
+#include "pager/executor.hpp"
+#include "pager/recorder.hpp"
+#include "pager/residency.hpp"
+
+namespace tp {
+
+struct PagerOptions {
+  std::uint64_t budget_bytes = 0;
+  std::size_t page_bytes = 0;        // 0: chosen from the budget
+  std::string engine = "auto";
+  unsigned io_depth = 0;             // requests; 0: what inflight_bytes needs
+  std::uint64_t inflight_bytes = 0;  // of prefetch; 0: kInflightBytesDefault
+  std::string spill_directory;
+  std::size_t event_capacity = 65536;
+  std::function<std::unique_ptr<IoQueue>()> make_queue;  // tests: instead of `engine`
+};
+
+struct Region {
+  std::byte* address = nullptr;
+  std::uint64_t size_bytes = 0;
+  PageRange pages;
+};
+
+struct AddressRange {
+  const std::byte* address = nullptr;
+  std::uint64_t size_bytes = 0;
+};
+
+class Pager {
+ public:
+  explicit Pager(const PagerOptions& options);
+  ~Pager();
+  Pager(const Pager&) = delete;
+  Pager& operator=(const Pager&) = delete;
+
+  Region map_file(const std::string& path);       // Error(io)
+  Region map_spill(std::uint64_t size_bytes);     // Error(memory), Error(invalid)
+  const std::shared_ptr<AddressSpace>& space() const noexcept { return space_; }
+
+  SetId add_set(const std::vector<AddressRange>& ranges, const std::string& name);  // Error(invalid)
+  const PageSet& set(SetId id) const;
+
+  void acquire(SetId id, const Residency::Interrupted& interrupted);
+  void release(SetId id);
+  // acquire() for a byte range outside of any step. Nothing when it is more than the budget can hold: then pages come in as they are touched.
+  std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted);
+  void begin_pass();
+
+  Recorder& recorder() noexcept { return recorder_; }
+  void set_schedule(const ScheduleArrays& arrays);  // Error(invalid)
+  void clear_schedule();
+
+  const Residency& residency() const noexcept { return *residency_; }
+  Residency& residency() noexcept { return *residency_; }
+  const FramePool& frames() const noexcept { return *pool_; }
+  IoQueueFacts io_facts() const { return io_facts_; }
+  IoQueueCounters io_counters() const;
+  std::uint64_t spill_bytes() const noexcept { return executor_ ? executor_->spill_bytes() : 0; }
+  std::uint64_t bytes_in_use_max() const noexcept;
+  bool closed() const noexcept { return closed_.load(); }
+  void close() noexcept;
+
+ private:
+  void throw_if_unusable() const;
+  std::vector<PageId> pages_of(const std::vector<AddressRange>& ranges) const;
+  void append_region_pages(const Region& region, Backing backing, std::uint16_t file);
+  SetId intern_set(std::vector<PageId> pages, const std::string& name);
+
+  unsigned fork_generation_;
+  std::shared_ptr<AddressSpace> space_;
+  std::unique_ptr<FramePool> pool_;
+  std::unique_ptr<Residency> residency_;
+  std::unique_ptr<Executor> executor_;
+  IoQueueFacts io_facts_;
+  IoQueueCounters io_counters_at_close_;
+  std::uint64_t bytes_in_use_max_at_close_ = 0;
+  Recorder recorder_;
+  mutable std::mutex sets_mutex_;  // sets are made by one thread at a time; never held while waiting
+  std::map<std::vector<PageId>, SetId> set_by_pages_;
+  std::unordered_map<std::uint64_t, SetId> set_by_range_;  // first page << 32 | last page, for hold()
+  std::mutex close_mutex_;
+  std::atomic<bool> closed_{false};
+};
+
+inline constexpr std::uint64_t kInflightBytesDefault = 16 * kMiB;
+
+}  // namespace tp

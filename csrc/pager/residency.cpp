@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pager/residency.hpp"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <ctime>
+#include <limits>
+
+#include "base/check.hpp"
+#include "base/limits.hpp"
+
+namespace tp {
+namespace {
+
+constexpr std::uint32_t kWaiting = 0, kResident = 1, kFailed = 2;
+
+// A futex rather than a condition variable: the wait also runs inside the fault handler, where nothing may allocate, and ends at a signal.
+void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t expected) noexcept {
+  const timespec timeout{0, 50'000'000};
+  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, &timeout, nullptr, 0);
+}
+
+void finish(Waiter& waiter, std::uint32_t outcome) noexcept {
+  std::atomic<std::uint32_t>& word = waiter.outcome;
+  word.store(outcome, std::memory_order_release);  // from here on the waiter may be gone; its address is only a key
+  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+}
+
+std::string mebibytes(std::uint64_t bytes) { return std::to_string((bytes + kMiB - 1) / kMiB) + " MiB"; }
+
+}  // namespace
+
+Residency::Residency(AddressSpace& space, std::size_t frame_count, std::size_t event_capacity)
+    : frame_page(frame_count), space_(space), frame_count_(frame_count), ring_(event_capacity) {
+  TP_CHECK(frame_count > kFaultFrames);
+}
+
+// ---------------------------------------------------------------- clients
+
+void Residency::append_pages(std::span<const PageEntry> entries) {
+  const std::lock_guard lock(mutex);
+  for (const PageEntry& entry : entries) table.append(entry);
+  TP_CHECK(table.size() <= space_.page_count());
+}
+
+SetId Residency::add_set(std::string name, std::vector<PageId> pages) {
+  const std::lock_guard lock(mutex);
+  TP_CHECK(std::is_sorted(pages.begin(), pages.end()));
+  TP_CHECK(pages.empty() || pages.back().value < table.size());
+  sets_.push_back(std::make_unique<PageSet>(PageSet{std::move(name), std::move(pages)}));
+  return SetId{static_cast<std::uint32_t>(sets_.size() - 1)};
+}
+
+const PageSet& Residency::set(SetId id) const {
+  const std::lock_guard lock(mutex);
+  if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
+  return *sets_[id.value];
+}
+
+std::size_t Residency::set_count() const {
+  const std::lock_guard lock(mutex);
+  return sets_.size();
+}
+
+void Residency::throw_if_closing() const {
+  if (poison) throw *poison;
+  if (closing) throw Error(ErrorKind::closed, "the pager is closed: its model's weights are no longer in memory; load it again");
+}
+
+void Residency::pin_all(const PageSet& set) {
+  std::size_t newly_pinned = 0;
+  for (const PageId page : set.pages) newly_pinned += table.at(page).pins == 0;
+  if (pinned_pages_ + newly_pinned > pinnable_pages()) {
+    const std::uint64_t page_bytes = space_.page_bytes();
+    const std::uint64_t needed = (pinned_pages_ + newly_pinned + kFaultFrames) * page_bytes;
+    throw Error(ErrorKind::budget,
+                "step '" + set.name + "' needs " + mebibytes(set.pages.size() * page_bytes) + " resident at once" +
+                    (pinned_pages_ > 0 ? ", beside " + mebibytes(pinned_pages_ * page_bytes) + " that other open steps hold" : "") +
+                    ", but the budget is " + mebibytes(frame_count_ * page_bytes) + "; give at least " + mebibytes(needed));
+  }
+  for (const PageId page : set.pages) {
+    PageEntry& entry = table.at(page);
+    ++entry.pins;
+    if (entry.state == PageState::failed) table.set_state(page, PageState::absent);  // this access tries again
+  }
+  pinned_pages_ += newly_pinned;
+  counts.pinned_pages_max = std::max<std::uint64_t>(counts.pinned_pages_max, pinned_pages_);
+}
+
+void Residency::unpin_all(const PageSet& set) {
+  ++tick_;
+  for (const PageId page : set.pages) {
+    PageEntry& entry = table.at(page);
+    TP_CHECK(entry.pins > 0);
+    entry.last_use = tick_;
+    if (--entry.pins == 0) --pinned_pages_;
+  }
+}
+
+void Residency::acquire(SetId id, AcquireKind kind, const Interrupted& interrupted) {
+  std::unique_lock lock(mutex);
+  throw_if_closing();
+  if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
+  const PageSet& set = *sets_[id.value];
+  pin_all(set);
+  const std::optional<std::int64_t> step = tape ? tape->match(id, kind) : std::nullopt;
+  event_step_ = step.value_or(-1);
+  ++counts.acquires;
+  ring_.add(EventKind::acquire_begin, -1, -1, event_step_, static_cast<std::int32_t>(id.value));
+  std::uint32_t missing = 0;
+  for (const PageId page : set.pages) missing += !table.resident(page);
+  counts.page_accesses += set.pages.size();
+  counts.page_accesses_resident += set.pages.size() - missing;
+  if (missing > 0) {
+    Waiter waiter;
+    waiter.pages = set.pages;
+    waiter.step = step.value_or(-1);
+    waiter.missing = missing;
+    try {
+      wait(waiter, lock, interrupted);
+    } catch (...) {
+      if (!lock.owns_lock()) lock.lock();
+      unpin_all(set);
+      wake_if_hungry();
+      throw;
+    }
+  }
+  ring_.add(EventKind::acquire_end, -1, -1, step.value_or(-1), static_cast<std::int32_t>(id.value));
+  wake_if_hungry();
+}
+
+void Residency::wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted) {
+  const std::uint64_t begin_ns = monotonic_ns();
+  ++counts.stalls;
+  ring_.add(EventKind::stall_begin, -1, -1, waiter.step, -1);
+  Waiter** tail = &waiters;
+  while (*tail != nullptr) tail = &(*tail)->next;
+  *tail = &waiter;
+  wake();
+  lock.unlock();
+  while (waiter.outcome.load(std::memory_order_acquire) == kWaiting) {
+    futex_wait(waiter.outcome, kWaiting);
+    if (!interrupted || waiter.outcome.load(std::memory_order_acquire) != kWaiting) continue;
+    try {
+      interrupted();
+    } catch (...) {
+      lock.lock();
+      if (waiter.outcome.load(std::memory_order_acquire) == kWaiting) unlink(waiter);
+      throw;
+    }
+  }
+  lock.lock();
+  counts.stall_ns += monotonic_ns() - begin_ns;
+  ring_.add(EventKind::stall_end, -1, -1, waiter.step, -1);
+  if (waiter.outcome.load(std::memory_order_acquire) == kFailed) {
+    throw Error(waiter.error_kind, waiter.error_message, waiter.error_number);
+  }
+}
+
+void Residency::release(SetId id) {
+  const std::lock_guard lock(mutex);
+  if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
+  const PageSet& set = *sets_[id.value];
+  unpin_all(set);
+  ++counts.releases;
+  ring_.add(EventKind::release, -1, -1, event_step_, static_cast<std::int32_t>(id.value));
+  wake_if_hungry();
+}
+
+bool Residency::try_fit(std::size_t page_count) const {
+  const std::lock_guard lock(mutex);
+  return pinned_pages_ + page_count <= pinnable_pages();
+}
+
+bool Residency::touch(PageId page, bool write, const char** reason) noexcept {
+  std::unique_lock lock(mutex);
+  if (closing || poison || page.value >= table.size()) {
+    *reason = closing || poison ? "the pager is closed" : "the address lies outside every mapped region";
+    return false;
+  }
+  ++counts.touches;
+  PageEntry& entry = table.at(page);
+  if (entry.state == PageState::failed) table.set_state(page, PageState::absent);
+  if (entry.state != PageState::device) {
+    // Not pinned: many threads may fault at once, and a page evicted before its reader runs simply faults again.
+    Waiter waiter;
+    waiter.pages = std::span<const PageId>(&page, 1);
+    waiter.missing = 1;
+    try {
+      wait(waiter, lock, Interrupted{});
+    } catch (const std::exception&) {
+      *reason = waiter.error_message;
+      return false;
+    }
+  }
+  if (entry.state == PageState::device && write && !entry.dirty) {
+    try {
+      space_.allow_write(page);
+    } catch (const std::exception&) {
+      *reason = "the page could not be opened for writing";
+      return false;
+    }
+    entry.dirty = true;
+  }
+  return true;
+}
+
+void Residency::begin_pass() {
+  const std::lock_guard lock(mutex);
+  ++counts.passes;
+  if (!tape) return;
+  tape->begin_pass();
+  wake_if_hungry();
+}
+
+void Residency::set_schedule(std::unique_ptr<Tape> new_tape) {
+  const std::lock_guard lock(mutex);
+  tape = std::move(new_tape);
+  hungry = false;
+  wake();
+}
+
+Counters Residency::counters() const {
+  const std::lock_guard lock(mutex);
+  return counts;
+}
+
+std::vector<Event> Residency::events() const {
+  const std::lock_guard lock(mutex);
+  return ring_.snapshot();
+}
+
+std::uint64_t Residency::events_overwritten() const {
+  const std::lock_guard lock(mutex);
+  return ring_.overwritten();
+}
+
+void Residency::reset_statistics() {
+  const std::lock_guard lock(mutex);
+  counts = Counters{};
+  ring_.clear();
+}
+
+std::vector<std::uint8_t> Residency::page_states() const {
+  const std::lock_guard lock(mutex);
+  std::vector<std::uint8_t> states(table.size());
+  for (std::uint32_t page = 0; page < states.size(); ++page) states[page] = static_cast<std::uint8_t>(table.at(PageId{page}).state);
+  return states;
+}
+
+std::size_t Residency::pinned_pages() const {
+  const std::lock_guard lock(mutex);
+  return pinned_pages_;
+}
+
+void Residency::tape_counters(std::int64_t& position, std::uint64_t& jumps, std::uint64_t& off_schedule) const {
+  const std::lock_guard lock(mutex);
+  position = tape ? tape->position() : 0;
+  jumps = tape ? tape->jumps : 0;
+  off_schedule = tape ? tape->off_schedule : 0;
+}
+
+// ---------------------------------------------------------------- the executor's side
+
+void Residency::wake() noexcept {
+  IoQueue* queue = waker_.load();
+  if (queue != nullptr) queue->wake();
+}
+
+void Residency::wake_if_hungry() {
+  if (!hungry || !tape) return;
+  if (tape->schedule().action_count() == 0) return;
+  const Action action = tape->schedule().action(tape->next_action);
+  if (action.step > tape->position()) return;
+  if (action.evict.valid() && table.at(action.evict).pins > 0) return;
+  hungry = false;
+  wake();
+}
+
+void Residency::record(EventKind kind, PageId page, FrameId frame) {
+  ring_.add(kind, static_cast<std::int32_t>(page.value), static_cast<std::int32_t>(frame.value), tape ? tape->position() - 1 : -1, -1);
+}
+
+void Residency::unlink(Waiter& waiter) {
+  Waiter** link = &waiters;
+  while (*link != &waiter) {
+    TP_CHECK(*link != nullptr);
+    link = &(*link)->next;
+  }
+  *link = waiter.next;
+  waiter.next = nullptr;
+}
+
+void Residency::page_arrived(PageId page, FrameId frame) {
+  table.set_state(page, PageState::device);
+  frame_page[frame.value] = page;
+  table.at(page).last_use = ++tick_;
+  for (Waiter* waiter = waiters; waiter != nullptr;) {
+    Waiter* next = waiter->next;
+    if (std::binary_search(waiter->pages.begin(), waiter->pages.end(), page) && --waiter->missing == 0) {
+      unlink(*waiter);
+      finish(*waiter, kResident);
+    }
+    waiter = next;
+  }
+}
+
+const char* Residency::keep_message(std::string message) {
+  // Messages outlive their waiters; equal ones are kept once, and there are as many as there are ways to fail.
+  for (const auto& kept : messages_) {
+    if (*kept == message) return kept->c_str();
+  }
+  messages_.push_back(std::make_unique<std::string>(std::move(message)));
+  return messages_.back()->c_str();
+}
+
+void Residency::fail_waiter(Waiter& waiter, const Error& error) {
+  waiter.error_kind = error.kind();
+  waiter.error_number = error.error_number();
+  waiter.error_message = keep_message(error.what());
+  unlink(waiter);
+  finish(waiter, kFailed);
+}
+
+void Residency::page_failed(PageId page, const Error& error) {
+  ++counts.failures;
+  for (Waiter* waiter = waiters; waiter != nullptr;) {
+    Waiter* next = waiter->next;
+    if (std::binary_search(waiter->pages.begin(), waiter->pages.end(), page)) fail_waiter(*waiter, error);
+    waiter = next;
+  }
+}
+
+void Residency::fail_all_waiters(const Error& error) {
+  while (waiters != nullptr) fail_waiter(*waiters, error);
+}
+
+PageId Residency::choose_victim(std::int64_t used_after, bool clean_only) const {
+  PageId best;
+  std::int64_t best_key = std::numeric_limits<std::int64_t>::min();
+  for (const PageId page : frame_page) {
+    if (!page.valid()) continue;
+    const PageEntry& entry = table.at(page);
+    if (entry.state != PageState::device || entry.pins > 0 || (clean_only && entry.dirty)) continue;
+    std::int64_t key = -static_cast<std::int64_t>(entry.last_use);
+    if (tape) {
+      const auto use = tape->schedule().next_use(page, tape->position());
+      if (use && *use <= used_after) continue;
+      // Never used by the schedule: first to go, least recently used first.
+      key = use ? *use : std::numeric_limits<std::int64_t>::max() / 2 - static_cast<std::int64_t>(entry.last_use);
+    }
+    if (!best.valid() || key > best_key) {
+      best = page;
+      best_key = key;
+    }
+  }
+  return best;
+}
+
+}  // namespace tp

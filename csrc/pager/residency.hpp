@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// The state that clients and the executor share, under one lock: page table, sets, pins, the schedule's tape, the threads that wait,
+// counters and events. Clients come in by acquire / release / touch; the executor decides with the members below the line.
+//
+// Threads: any. The lock is held for table updates only, never across a system call that can block (waking the executor and opening one
+//   page for writing are the two short ones).
+// Blocking: acquire and touch wait until the pages are resident; acquire calls `interrupted` at least every 50 ms, and what it throws
+//   leaves nothing acquired. Everything else returns at once.
+// Ownership: a pinned page stays at its address until the last release. Pages can be pinned before they arrive.
+// Errors: acquire throws Error(budget) when the pins would leave no frame to fault with, Error(io) when a page can't be read, Error(closed).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/error.hpp"
+#include "base/ids.hpp"
+#include "io/io_queue.hpp"
+#include "mem/address_space.hpp"
+#include "pager/event_ring.hpp"
+#include "pager/page_table.hpp"
+#include "pager/schedule.hpp"
+
+namespace tp {
+
+// Frames that no pin may take, so that a stray access always finds room: one instruction can touch two addresses, each across a page border.
+inline constexpr std::size_t kFaultFrames = 4;
+
+struct PageSet {
+  std::string name;
+  std::vector<PageId> pages;  // ascending
+};
+
+struct Counters {
+  std::uint64_t acquires = 0, releases = 0;
+  std::uint64_t page_accesses = 0;      // pages over all acquires
+  std::uint64_t page_accesses_resident = 0;  // of these, resident at once
+  std::uint64_t page_ins = 0;           // pages brought in
+  std::uint64_t prefetches = 0;         // of these, by the schedule
+  std::uint64_t faults = 0;             // of these, on demand
+  std::uint64_t zero_fills = 0;         // of these, without I/O
+  std::uint64_t evictions = 0;
+  std::uint64_t writebacks = 0;
+  std::uint64_t stalls = 0;             // acquires and touches that had to wait
+  std::uint64_t stall_ns = 0;
+  std::uint64_t touches = 0;            // raw accesses that trapped
+  std::uint64_t failures = 0;           // transfers that failed
+  std::uint64_t passes = 0;
+  std::uint64_t pinned_pages_max = 0;
+};
+
+// One thread that waits for pages. Lives on that thread's stack, linked under the lock, unlinked before it is told.
+struct Waiter {
+  std::span<const PageId> pages;  // ascending
+  std::int64_t step = -1;         // absolute, -1: off schedule
+  std::uint32_t missing = 0;
+  std::atomic<std::uint32_t> outcome{0};  // 0: waits; 1: all resident; 2: failed (residency has the error)
+  ErrorKind error_kind = ErrorKind::io;
+  int error_number = 0;
+  const char* error_message = nullptr;  // owned by Residency, for the life of it
+  Waiter* next = nullptr;
+};
+
+class Residency {
+ public:
+  using Interrupted = std::function<void()>;  // throws to stop the wait
+
+  Residency(AddressSpace& space, std::size_t frame_count, std::size_t event_capacity);
+
+  // -- clients
+  void append_pages(std::span<const PageEntry> entries);
+  SetId add_set(std::string name, std::vector<PageId> pages);
+  const PageSet& set(SetId id) const;  // stays valid
+  std::size_t set_count() const;
+  void acquire(SetId id, AcquireKind kind, const Interrupted& interrupted);
+  void release(SetId id);
+  bool try_fit(std::size_t page_count) const;  // could so many pages be pinned now?
+  // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
+  bool touch(PageId page, bool write, const char** reason) noexcept;
+  void begin_pass();
+  void set_schedule(std::unique_ptr<Tape> tape);
+  Counters counters() const;
+  std::vector<Event> events() const;
+  std::uint64_t events_overwritten() const;
+  void reset_statistics();
+  std::vector<std::uint8_t> page_states() const;
+  std::size_t pinned_pages() const;
+  std::size_t pinnable_pages() const noexcept { return frame_count_ - kFaultFrames; }
+  void tape_counters(std::int64_t& position, std::uint64_t& jumps, std::uint64_t& off_schedule) const;
+
+  // ---- the executor's side: call with `mutex` held ----
+  mutable std::mutex mutex;
+  PageTable table;
+  Counters counts;
+  std::unique_ptr<Tape> tape;
+  std::vector<PageId> frame_page;  // by frame: the page that is resident in it, or invalid
+  Waiter* waiters = nullptr;       // first come, first served
+  bool closing = false;
+  std::optional<Error> poison;  // the executor met an error it can't undo: every later access gets it
+  bool hungry = false;  // the executor could start the next action if its victim were released
+
+  void set_waker(IoQueue* queue) noexcept { waker_.store(queue); }
+  void wake() noexcept;
+  void record(EventKind kind, PageId page, FrameId frame);
+  void page_arrived(PageId page, FrameId frame);
+  void page_failed(PageId page, const Error& error);
+  void fail_all_waiters(const Error& error);
+  void fail_waiter(Waiter& waiter, const Error& error);
+  // The unpinned resident page with the furthest next use (least recently used without a schedule); only one that is used
+  // after step `used_after`, if given, and only a clean one when clean_only. Invalid when there is none.
+  PageId choose_victim(std::int64_t used_after, bool clean_only) const;
+
+ private:
+  void throw_if_closing() const;
+  void pin_all(const PageSet& set);
+  void unpin_all(const PageSet& set);
+  void wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted);
+  void unlink(Waiter& waiter);
+  void wake_if_hungry();
+  const char* keep_message(std::string message);
+
+  AddressSpace& space_;
+  std::size_t frame_count_;
+  std::vector<std::unique_ptr<PageSet>> sets_;
+  EventRing ring_;
+  std::size_t pinned_pages_ = 0;
+  std::uint64_t tick_ = 0;
+  std::atomic<IoQueue*> waker_{nullptr};
+  std::vector<std::unique_ptr<std::string>> messages_;
+  std::int64_t event_step_ = -1;
+};
+
+}  // namespace tp
