@@ -67,7 +67,9 @@ ExecutorOptions executor_options(const PagerOptions& options, std::size_t page_b
 
 Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) {
   const std::size_t page_bytes = checked_page_bytes(options);
-  if (options.budget_bytes / page_bytes < 2 * kFaultFrames) {
+  page_bytes_ = page_bytes;
+  frame_count_ = options.budget_bytes / page_bytes;
+  if (frame_count_ < 2 * kFaultFrames) {
     throw Error(ErrorKind::budget, "the budget of " + std::to_string(options.budget_bytes / kMiB) + " MiB is too small; at least " +
                                        std::to_string(2 * kFaultFrames * page_bytes / kMiB) + " MiB are needed with pages of " +
                                        std::to_string(page_bytes / kMiB) + " MiB");
@@ -178,7 +180,7 @@ void Pager::release(SetId id) {
     recorder_.released(id);
     if (recorder_.dry()) return;
   }
-  if (fork_generation() != fork_generation_) return;
+  if (fork_generation() != fork_generation_) return;  // an acquire of the parent's, nothing to give back here
   residency_->release(id);
 }
 
@@ -223,7 +225,7 @@ void Pager::set_schedule(const ScheduleArrays& arrays) {
   std::vector<std::vector<PageId>> set_pages;
   const std::size_t sets = residency_->set_count();
   for (std::uint32_t id = 0; id < sets; ++id) set_pages.push_back(residency_->set(SetId{id}).pages);
-  Schedule schedule(arrays, set_pages, space_->page_count(), pool_->frame_count());
+  Schedule schedule(arrays, set_pages, space_->page_count(), frame_count_);
   residency_->set_schedule(std::make_unique<Tape>(std::move(schedule)));
 }
 
@@ -232,9 +234,20 @@ void Pager::clear_schedule() {
   residency_->set_schedule(nullptr);
 }
 
-IoQueueCounters Pager::io_counters() const { return closed() ? io_counters_at_close_ : executor_->io_counters(); }
+IoQueueCounters Pager::io_counters() const {
+  const std::lock_guard lock(close_mutex_);
+  return executor_ ? executor_->io_counters() : io_counters_at_close_;
+}
 
-std::uint64_t Pager::bytes_in_use_max() const noexcept { return pool_ ? pool_->bytes_in_use_max() : bytes_in_use_max_at_close_; }
+std::uint64_t Pager::bytes_in_use_max() const {
+  const std::lock_guard lock(close_mutex_);
+  return pool_ ? pool_->bytes_in_use_max() : bytes_in_use_max_at_close_;
+}
+
+std::uint64_t Pager::spill_bytes() const {
+  const std::lock_guard lock(close_mutex_);
+  return executor_ ? executor_->spill_bytes() : spill_bytes_at_close_;
+}
 
 void Pager::close() noexcept {
   const std::lock_guard lock(close_mutex_);
@@ -243,15 +256,18 @@ void Pager::close() noexcept {
     // The executor's thread and the ring are the parent's: what remains here is left to the end of the process.
     executor_->abandon();
     static_cast<void>(executor_.release());
-    static_cast<void>(residency_.release());
     static_cast<void>(pool_.release());
     return;
   }
   executor_->stop();
   io_counters_at_close_ = executor_->io_counters();
   bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
+  spill_bytes_at_close_ = executor_->spill_bytes();
   detach_fault_handler(*residency_);
   space_->discard();
+  // The ring goes before the memory it may have registered. Residency stays: late callers get Error(closed) from it.
+  executor_.reset();
+  pool_.reset();
 }
 
 }  // namespace tp

@@ -73,11 +73,13 @@ class Pager {
 
   const Residency& residency() const noexcept { return *residency_; }
   Residency& residency() noexcept { return *residency_; }
-  const FramePool& frames() const noexcept { return *pool_; }
+  std::size_t page_bytes() const noexcept { return page_bytes_; }
+  std::size_t frame_count() const noexcept { return frame_count_; }
+  std::uint64_t budget_bytes() const noexcept { return frame_count_ * page_bytes_; }
   IoQueueFacts io_facts() const { return io_facts_; }
   IoQueueCounters io_counters() const;
-  std::uint64_t spill_bytes() const noexcept { return executor_ ? executor_->spill_bytes() : 0; }
-  std::uint64_t bytes_in_use_max() const noexcept;
+  std::uint64_t spill_bytes() const;
+  std::uint64_t bytes_in_use_max() const;
   bool closed() const noexcept { return closed_.load(); }
   void close() noexcept;
 
@@ -88,18 +90,20 @@ class Pager {
   SetId intern_set(std::vector<PageId> pages, const std::string& name);
 
   unsigned fork_generation_;
+  std::size_t page_bytes_ = 0;
+  std::size_t frame_count_ = 0;
   std::shared_ptr<AddressSpace> space_;
   std::unique_ptr<FramePool> pool_;
   std::unique_ptr<Residency> residency_;
   std::unique_ptr<Executor> executor_;
   IoQueueFacts io_facts_;
   IoQueueCounters io_counters_at_close_;
-  std::uint64_t bytes_in_use_max_at_close_ = 0;
+  std::uint64_t bytes_in_use_max_at_close_ = 0, spill_bytes_at_close_ = 0;
   Recorder recorder_;
   mutable std::mutex sets_mutex_;  // sets are made by one thread at a time; never held while waiting
   std::map<std::vector<PageId>, SetId> set_by_pages_;
   std::unordered_map<std::uint64_t, SetId> set_by_range_;  // first page << 32 | last page, for hold()
-  std::mutex close_mutex_;
+  mutable std::mutex close_mutex_;  // over executor_ and pool_ after construction: the facts may be asked while another thread closes
   std::atomic<bool> closed_{false};
 };
 

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module: names, types and the GIL; no logic. Calls that can wait release the GIL and look for signals (Ctrl-C) meanwhile.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "base/error.hpp"
+#include "bind/dlpack.hpp"
+#include "io/probe.hpp"
+#include "pager/event_ring.hpp"
+#include "pager/pager.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using tp::Pager;
+using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
+
+const char* exception_name(const tp::Error& error) {
+  switch (error.kind()) {
+    case tp::ErrorKind::io: return error.error_number() == EBADMSG ? "CorruptPageError" : "IoError";
+    case tp::ErrorKind::budget: return "BudgetError";
+    case tp::ErrorKind::memory: return "MemoryMapError";
+    case tp::ErrorKind::engine: return "EngineError";
+    case tp::ErrorKind::closed: return "ClosedError";
+    case tp::ErrorKind::forked: return "ForkedProcessError";
+    case tp::ErrorKind::invalid: return nullptr;
+  }
+  return nullptr;
+}
+
+void raise_python_error(const tp::Error& error) {
+  const char* name = exception_name(error);
+  if (name == nullptr) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return;
+  }
+  const py::object type = py::module_::import("tensorpager.errors").attr(name);
+  const bool is_os_error = error.kind() == tp::ErrorKind::io;
+  const py::object instance = is_os_error ? type(error.error_number(), error.what()) : type(error.what());
+  PyErr_SetObject(type.ptr(), instance.ptr());
+}
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+const tp::Residency::Interrupted& interrupted() {
+  static const tp::Residency::Interrupted callback = check_signals;
+  return callback;
+}
+
+void acquire(Pager& pager, std::uint32_t set) {
+  const py::gil_scoped_release no_gil;
+  pager.acquire(tp::SetId{set}, interrupted());
+}
+
+std::int64_t hold(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes) {
+  const py::gil_scoped_release no_gil;
+  const auto set = pager.hold({reinterpret_cast<const std::byte*>(address), size_bytes}, interrupted());
+  return set ? static_cast<std::int64_t>(set->value) : -1;
+}
+
+// A capsule over bytes of the address space. It keeps the space, and with it the addresses, alive; not the pager.
+struct TensorOwner {
+  std::shared_ptr<tp::AddressSpace> space;
+  std::int64_t shape[1];
+  tp::dlpack::ManagedTensor managed;
+};
+
+void delete_owner(tp::dlpack::ManagedTensor* managed) { delete static_cast<TensorOwner*>(managed->context); }
+
+py::capsule tensor(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes) {
+  const auto* begin = reinterpret_cast<const std::byte*>(address);
+  const tp::PageId first = pager.space()->find(begin);
+  const tp::PageId last = size_bytes == 0 ? first : pager.space()->find(begin + size_bytes - 1);
+  if (!first.valid() || !last.valid()) throw tp::Error(tp::ErrorKind::invalid, "tensor: the range lies outside the pager's address space");
+  auto* owner = new TensorOwner{pager.space(), {static_cast<std::int64_t>(size_bytes)}, {}};
+  owner->managed.tensor = {reinterpret_cast<void*>(address), {1, 0}, 1, {1, 8, 1}, owner->shape, nullptr, 0};
+  owner->managed.context = owner;
+  owner->managed.deleter = delete_owner;
+  return py::capsule(&owner->managed, "dltensor", [](PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;  // consumed: the tensor owns it now
+    auto* managed = static_cast<tp::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
+}
+
+std::uint32_t add_set(Pager& pager, const std::vector<std::pair<std::uintptr_t, std::uint64_t>>& ranges, const std::string& name) {
+  std::vector<tp::AddressRange> address_ranges;
+  address_ranges.reserve(ranges.size());
+  for (const auto& [address, size_bytes] : ranges) address_ranges.push_back({reinterpret_cast<const std::byte*>(address), size_bytes});
+  return pager.add_set(address_ranges, name).value;
+}
+
+Int32Array set_pages(const Pager& pager, std::uint32_t set) {
+  const std::vector<tp::PageId>& pages = pager.set(tp::SetId{set}).pages;
+  Int32Array result(static_cast<py::ssize_t>(pages.size()));
+  std::int32_t* out = result.mutable_data();
+  for (const tp::PageId page : pages) *out++ = static_cast<std::int32_t>(page.value);
+  return result;
+}
+
+std::span<const std::int32_t> view(const Int32Array& array) { return {array.data(), static_cast<std::size_t>(array.size())}; }
+
+void set_schedule(Pager& pager, const Int32Array& step_set, const Int32Array& initial_pages, const Int32Array& action_step,
+                  const Int32Array& action_deadline, const Int32Array& action_page_in, const Int32Array& action_evict) {
+  pager.set_schedule({view(step_set), view(initial_pages), view(action_step), view(action_deadline), view(action_page_in), view(action_evict)});
+}
+
+py::array_t<std::int32_t> record_end(Pager& pager) {
+  const std::vector<std::int32_t> events = pager.recorder().end();
+  return py::array_t<std::int32_t>(static_cast<py::ssize_t>(events.size()), events.data());
+}
+
+py::array_t<tp::Event> events(const Pager& pager) {
+  const std::vector<tp::Event> snapshot = pager.residency().events();
+  return py::array_t<tp::Event>(static_cast<py::ssize_t>(snapshot.size()), snapshot.data());
+}
+
+py::array_t<std::uint8_t> page_states(const Pager& pager) {
+  const std::vector<std::uint8_t> states = pager.residency().page_states();
+  return py::array_t<std::uint8_t>(static_cast<py::ssize_t>(states.size()), states.data());
+}
+
+void add_counters(py::dict& result, const Pager& pager) {
+  const tp::Counters counts = pager.residency().counters();
+  result["acquires"] = counts.acquires;
+  result["releases"] = counts.releases;
+  result["page_accesses"] = counts.page_accesses;
+  result["page_accesses_resident"] = counts.page_accesses_resident;
+  result["page_ins"] = counts.page_ins;
+  result["prefetches"] = counts.prefetches;
+  result["faults"] = counts.faults;
+  result["zero_fills"] = counts.zero_fills;
+  result["evictions"] = counts.evictions;
+  result["writebacks"] = counts.writebacks;
+  result["stalls"] = counts.stalls;
+  result["stall_ns"] = counts.stall_ns;
+  result["touches"] = counts.touches;
+  result["failures"] = counts.failures;
+  result["passes"] = counts.passes;
+  result["pinned_pages_max"] = counts.pinned_pages_max;
+}
+
+py::dict stats(const Pager& pager) {
+  py::dict result;
+  add_counters(result, pager);
+  const tp::IoQueueFacts facts = pager.io_facts();
+  result["engine"] = facts.engine;
+  result["memory_registered"] = facts.memory_registered;
+  result["memory_registered_reason"] = facts.memory_registered_reason;
+  const tp::IoQueueCounters io = pager.io_counters();
+  result["io_requests"] = io.requests;
+  result["bytes_read"] = io.bytes_read;
+  result["bytes_written"] = io.bytes_written;
+  result["short_transfers"] = io.short_transfers;
+  result["io_retries"] = io.retries;
+  result["io_system_calls"] = io.system_calls;
+  std::int64_t position = 0;
+  std::uint64_t jumps = 0, off_schedule = 0;
+  pager.residency().tape_counters(position, jumps, off_schedule);
+  result["schedule_position"] = position;
+  result["schedule_jumps"] = jumps;
+  result["off_schedule_acquires"] = off_schedule;
+  result["budget_bytes"] = pager.budget_bytes();
+  result["resident_bytes_max"] = pager.bytes_in_use_max();
+  result["pinned_pages"] = pager.residency().pinned_pages();
+  result["spill_bytes"] = pager.spill_bytes();
+  result["events_overwritten"] = pager.residency().events_overwritten();
+  return result;
+}
+
+std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine, unsigned io_depth,
+                                  std::uint64_t inflight_bytes, const std::string& spill_directory, std::size_t event_capacity) {
+  const py::gil_scoped_release no_gil;
+  tp::PagerOptions options;
+  options.budget_bytes = budget_bytes;
+  options.page_bytes = page_bytes;
+  options.engine = engine;
+  options.io_depth = io_depth;
+  options.inflight_bytes = inflight_bytes;
+  options.spill_directory = spill_directory;
+  options.event_capacity = event_capacity;
+  return std::make_unique<Pager>(options);
+}
+
+void bind_probe(py::module_& module) {
+  py::class_<tp::EngineCandidate>(module, "EngineCandidate", "An I/O engine and whether, and why, it can run here.")
+      .def_readonly("engine", &tp::EngineCandidate::engine)
+      .def_readonly("usable", &tp::EngineCandidate::usable)
+      .def_readonly("reason", &tp::EngineCandidate::reason);
+  py::class_<tp::DirectoryFacts>(module, "DirectoryFacts", "What a directory's file system offers.")
+      .def_readonly("directory", &tp::DirectoryFacts::directory)
+      .def_readonly("file_system", &tp::DirectoryFacts::file_system)
+      .def_readonly("direct", &tp::DirectoryFacts::direct)
+      .def_readonly("align_bytes", &tp::DirectoryFacts::align_bytes)
+      .def_readonly("reason", &tp::DirectoryFacts::reason);
+  module.def("probe_engines", &tp::probe_engines, py::call_guard<py::gil_scoped_release>(), "Engines, best first, each with its reason.");
+  module.def("probe_directory", &tp::probe_directory, py::arg("directory"), py::call_guard<py::gil_scoped_release>(),
+             "What the directory's file system offers; IoError if it can't be written.");
+}
+
+void bind_pager_paging(py::class_<Pager>& pager) {
+  pager.def("add_set", &add_set, py::arg("ranges"), py::arg("name"),
+            "Pages of (address, size_bytes) ranges that one step needs together; returns the set id. Equal pages, equal id.")
+      .def("set_pages", &set_pages, py::arg("set_id"), "Ascending page numbers of a set, int32.")
+      .def("set_name", [](const Pager& self, std::uint32_t set) { return self.set(tp::SetId{set}).name; }, py::arg("set_id"))
+      .def("acquire", &acquire, py::arg("set_id"),
+           "Wait until every page of the set is resident and forbid eviction until release(). Counted. Raises BudgetError, IoError, "
+           "ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.")
+      .def("release", [](Pager& self, std::uint32_t set) { self.release(tp::SetId{set}); }, py::arg("set_id"))
+      .def("hold", &hold, py::arg("address"), py::arg("size_bytes"),
+           "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then "
+           "nothing is pinned and every page comes in as it is touched.")
+      .def("begin_pass", &Pager::begin_pass, "The model's root is entered: the schedule's position goes to the next start of its cycle.")
+      .def("record_begin", [](Pager& self, bool dry) { self.recorder().begin(dry); }, py::arg("dry"),
+           "Record this thread's acquire, hold and release; dry: they do nothing else.")
+      .def("record_end", &record_end, "Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.")
+      .def("set_schedule", &set_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"), py::arg("action_step"),
+           py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
+           "One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and index.")
+      .def("clear_schedule", &Pager::clear_schedule);
+}
+
+void bind_pager_facts(py::class_<Pager>& pager) {
+  pager.def_property_readonly("page_bytes", &Pager::page_bytes)
+      .def_property_readonly("page_count", [](const Pager& self) { return self.space()->page_count(); })
+      .def_property_readonly("frame_count", &Pager::frame_count)
+      .def_property_readonly("pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
+                             "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
+      .def_property_readonly("budget_bytes", &Pager::budget_bytes)
+      .def_property_readonly("closed", &Pager::closed)
+      .def("page_states", &page_states, "State of every page, uint8: an index into PAGE_STATES.")
+      .def("stats", &stats, "Counters since the start or reset_stats().")
+      .def("reset_stats", [](Pager& self) { self.residency().reset_statistics(); })
+      .def("events", &events, "The last events, oldest first; see EVENT_KINDS.")
+      .def("close", &Pager::close, py::call_guard<py::gil_scoped_release>(),
+           "Drain transfers, fail those who wait, free the memory. Idempotent.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+  module.doc() = "Native core of tensorpager: address space, frames, I/O engines, executor. Use through tensorpager.page().";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const tp::Error& error) {
+      raise_python_error(error);
+    }
+  });
+  PYBIND11_NUMPY_DTYPE(tp::Event, time_ns, page, frame, step, set, thread, kind);
+  py::list kinds, states;
+  for (const char* name : tp::kEventKindNames) kinds.append(name);
+  for (std::size_t state = 0; state < tp::kPageStateCount; ++state) states.append(tp::page_state_name(static_cast<tp::PageState>(state)));
+  module.attr("EVENT_KINDS") = kinds;
+  module.attr("PAGE_STATES") = states;
+
+  bind_probe(module);
+  py::class_<tp::Region>(module, "Region", "Part of the address space backed by one file or by spill.")
+      .def_property_readonly("address", [](const tp::Region& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
+      .def_readonly("size_bytes", &tp::Region::size_bytes)
+      .def_property_readonly("first_page", [](const tp::Region& self) { return self.pages.first; })
+      .def_property_readonly("page_count", [](const tp::Region& self) { return self.pages.count; });
+
+  py::class_<Pager> pager(module, "Pager", "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
+  pager.def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0, py::arg("engine") = "auto",
+            py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0, py::arg("spill_directory") = "", py::arg("event_capacity") = 65536,
+            "Allocates budget_bytes // page_bytes frames at once. BudgetError, MemoryMapError, EngineError, ValueError.")
+      .def("map_file", &Pager::map_file, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+           "Reserve addresses for a file, read-only: byte i is at Region.address + i. IoError.")
+      .def("map_spill", &Pager::map_spill, py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
+           "Reserve addresses for new bytes, zero until written.")
+      .def("tensor", &tensor, py::arg("address"), py::arg("size_bytes"),
+           "DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses reserved.")
+      .def("contains", [](const Pager& self, std::uintptr_t address) { return self.space()->find(reinterpret_cast<const void*>(address)).valid(); },
+           py::arg("address"));
+  bind_pager_paging(pager);
+  bind_pager_facts(pager);
+}
