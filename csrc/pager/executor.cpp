@@ -207,8 +207,9 @@ Executor::Follow Executor::follow_action() {
   }
   if (action.step > tape.position()) return Follow::idle;
   if (!late && action.evict.valid() && pool_.free_count() == 0) {
+    // Still in use, or asked for and on its way: it goes when it is released. (Absent already: any other will do.)
     const PageEntry& victim = residency_.table.at(action.evict);
-    if (victim.state == PageState::device && victim.pins > 0) return Follow::blocked;  // until its release
+    if (victim.pins > 0 || (victim.state != PageState::device && victim.state != PageState::absent)) return Follow::blocked;
   }
   const Start outcome = start_page_in(action.page_in, Purpose::prefetch, action.evict, late ? kAnyUse : action.deadline);
   if (outcome == Start::no_room) return Follow::full;
