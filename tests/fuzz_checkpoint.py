@@ -26,8 +26,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
 
 INPUT_BYTES_MAX = 4096
-TOKENS = ["dtype", "shape", "data_offsets", "__metadata__", "null", "true", "NaN", "[0,4]", "[1]", "\\\\ud800", "-0", "1e400",
-          "18446744073709551615", "18446744073709551616", "4294967296", "F4", "F6_E2M3", "U8", "BF16", "C64", "{}"]  # fmt: skip
+TOKENS = [
+    "dtype", "shape", "data_offsets", "__metadata__", "null", "true", "NaN", "[0,4]", "[1]", "\\\\ud800", "-0", "1e400",
+    "18446744073709551615", "18446744073709551616", "4294967296", "F4", "F6_E2M3", "U8", "BF16", "C64", "{}",
+]  # fmt: skip
 
 
 def file_from(data: bytes) -> bytes:

@@ -93,15 +93,19 @@ def test_stricter_rules_are_the_ones_the_reference_lets_pass() -> None:
     assert {rule for rule, content in BAD if reference(content) is not None} == STRICTER_THAN_REFERENCE
 
 
+TOKENS = [
+    b"0", b"1", b"4", b"-", b"9" * 20, b'"', b"[", b"]", b"{", b"}", b",", b":", b"null", b"true", b" ", b"\\", b"NaN",
+    b"\\ud800", b"1e9", b"F4", b"U8", b'"a"', b'"shape"', b"\xff", b"18446744073709551615",
+]  # fmt: skip
+
+
 def mutated(rng: random.Random, content: bytes) -> bytes:
-    tokens = [b"0", b"1", b"4", b"-", b"9" * 20, b'"', b"[", b"]", b"{", b"}", b",", b":", b"null", b"true", b" ", b"\\",
-              b"\\ud800", b"NaN", b"1e9", b"F4", b"U8", b'"a"', b'"shape"', b"\xff", b"18446744073709551615"]  # fmt: skip
     header = bytearray(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
     data = bytearray(content[8 + len(header) :])
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         at = rng.randrange(len(header) + 1)
         span = rng.choice((0, 0, 1, 1, 2, 8))
-        header[at : at + span] = rng.choice((b"", rng.choice(tokens), bytes(header[at : at + 9]), rng.randbytes(1)))
+        header[at : at + span] = rng.choice((b"", rng.choice(TOKENS), bytes(header[at : at + 9]), rng.randbytes(1)))
     if rng.random() < 0.1:
         data = data[: rng.randrange(len(data) + 1)] if rng.random() < 0.5 else data + b"x"
     length = len(header) + (rng.choice((-1, 1, 2**40, 2**63)) if rng.random() < 0.05 else 0)
@@ -123,7 +127,7 @@ def test_mutations_are_accepted_iff_the_reference_accepts_them(tmp_path: Path) -
             rules.add(error.rule)
             refused += 1
             stricter += expected is not None
-            assert expected is None or error.rule in STRICTER_THAN_REFERENCE, (number, error, content)
+            assert expected is None or error.rule in STRICTER_THAN_REFERENCE, (number, error, content)  # noqa: PT017
         else:
             accepted += 1
             assert found == expected, (number, content)
@@ -227,7 +231,7 @@ def test_short_reads_are_finished_and_errors_are_typed(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 7), offset))
     assert read_header(path) == whole
 
-    def failing(descriptor: int, size: int, offset: int) -> bytes:
+    def failing(*_: int) -> bytes:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pread", failing)
@@ -239,7 +243,7 @@ def test_only_the_header_is_read_and_nothing_stays_open(tmp_path: Path) -> None:
     header = f'{{"a":{files.entry("U8", f"[{1 << 40}]", f"[0,{1 << 40}]")}}}'
     path.write_bytes(files.file_of(header))
     os.truncate(path, 8 + len(header) + (1 << 40))
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
     tracemalloc.start()
     assert read_header(path).tensors["a"].size_bytes == 1 << 40
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -247,7 +251,7 @@ def test_only_the_header_is_read_and_nothing_stays_open(tmp_path: Path) -> None:
     assert peak_bytes < 1 << 20
     path.write_bytes(struct.pack("<Q", 100_000_000) + b"{")
     assert refusal(path).rule == "header-past-end"
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 # Sharded checkpoints.

@@ -77,7 +77,8 @@ class Checkpoint:
 def torch_dtype_name(entry: TensorEntry, path: str = "") -> str:
     """The name of the tensor's dtype in torch, for `getattr(torch, name)`; an older torch may lack some.
 
-    `path` is for the message. Raises CheckpointError for the 6-bit types, which no torch has. Other tensors of the file are not affected.
+    `path` is for the message. Raises CheckpointError for the 6-bit types, which no torch has; other tensors of the
+    file are not affected.
     """
     name = DTYPES[entry.dtype].torch_name
     if name is None:
@@ -195,10 +196,10 @@ def _find_in_directory(directory: Path, variant: str | None) -> Path:
     for name in (single, index):
         if _is_plain_name(name) and os.path.isfile(directory / name):  # noqa: PTH113 (Path.is_file may raise)
             return directory / name
-    others = _names_of_weights(directory)
-    what = f"the directory has neither {single} nor {index} (it has {', '.join(others[:8]) or 'no such files at all'})"
+    present = ", ".join(_names_of_weights(directory)[:8]) or "no such files at all"
+    what = f"the directory has neither {single} nor {index} (it has {present})"
     advice = "Give the path of the .safetensors file itself; convert pickled .bin weights to safetensors first."
-    refuse(Rule.CHECKPOINT_MISSING, str(directory), what, advice)
+    return refuse(Rule.CHECKPOINT_MISSING, str(directory), what, advice)
 
 
 def _names_of_weights(directory: Path) -> list[str]:
