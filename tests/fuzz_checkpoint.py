@@ -172,7 +172,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 return supervise(options.seconds, True, Path(scratch))
         return supervise(options.seconds, options.canary, options.artifacts or HERE.parent / "build" / "fuzz")
-    print("atheris is not installed: pip install atheris (Linux, Python 3.11 to 3.13)", file=sys.stderr)
+    print("atheris is not installed: pip install atheris (it has wheels for some platforms and Python versions only)", file=sys.stderr)
     return 2
 
 

@@ -126,8 +126,8 @@ def open_checkpoint(
 
     `path` is a safetensors file, an index (`*.json`), or a directory. In a directory `model.safetensors` goes before
     `model.safetensors.index.json`, and `variant="fp16"` asks for `model.fp16.safetensors` before
-    `model.safetensors.index.fp16.json`, as in transformers. Some old converters wrote a wrong
-    `metadata.total_size` into good indexes: `check_total_size=False` accepts them.
+    `model.safetensors.index.fp16.json`, as in transformers. `check_total_size=False` accepts an index whose
+    `metadata.total_size` is wrong: nothing is read by it, it only tells mixed-up shards.
     """
     path = Path(path)
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir may raise)
