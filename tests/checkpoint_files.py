@@ -60,7 +60,8 @@ def good_files() -> dict[str, bytes]:
         "depth 127": one(more=f',"note":{"[" * 125 + "]" * 125}'),
         "brackets in strings": one(name="[" * 500 + '\\"{\\\\'),
         "names": file_of(
-            f'{{"":{entry()},"\\u0000":{entry(offsets="[4,8]")},"\\ud83d\\ude00":{entry(offsets="[8,12]")}}}', 12
+            f'{{"":{entry()},"\\u0000":{entry(offsets="[4,8]")},"\\ud83d\\ude00":{entry(offsets="[8,12]")}}}',
+            12,
         ),
         "twenty": file_of(json.dumps(many), 3 * 19 * 20),
     }

@@ -19,8 +19,11 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
@@ -69,16 +72,19 @@ def make_target() -> Callable[[bytes], None]:
             tensors = read_header(path).tensors
         except CheckpointError as error:
             if expected is not None and error.rule not in STRICTER_THAN_REFERENCE:
-                raise AssertionError(f"refused, the reference accepts: {content!r}") from error
+                message = f"refused, the reference accepts: {content!r}"
+                raise AssertionError(message) from error
             return
         if expected is None:
-            raise AssertionError(f"accepted, the reference refuses: {content!r}")
+            message = f"accepted, the reference refuses: {content!r}"
+            raise AssertionError(message)
         found = {
             name: (e.dtype, list(e.shape), content[e.offset_bytes : e.offset_bytes + e.size_bytes])
             for name, e in tensors.items()
         }
         if found != {name: (s["dtype"], s["shape"], bytes(s["data"])) for name, s in expected.items()}:
-            raise AssertionError(f"read otherwise than by the reference: {content!r}")
+            message = f"read otherwise than by the reference: {content!r}"
+            raise AssertionError(message)
 
     return target
 
@@ -110,7 +116,10 @@ def supervise(seconds: int, canary: bool, artifacts: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch, "corpus")
         corpus.mkdir()
-        seeds = [*checkpoint_files.good_files().values(), *(content for _, content in checkpoint_files.bad_files())]
+        seeds = [
+            *checkpoint_files.good_files().values(),
+            *(content for _, content in checkpoint_files.bad_files()),
+        ]
         for number, content in enumerate(seed for seed in seeds if len(seed) < INPUT_BYTES_MAX):
             (corpus / f"raw-{number}").write_bytes(b"\1" + content)
             if int.from_bytes(content[:8], "little") <= len(content) - 8:
@@ -126,7 +135,14 @@ def supervise(seconds: int, canary: bool, artifacts: Path) -> int:
             "-rss_limit_mb=2048",
             "-print_final_stats=1",
         ]
-        command = [sys.executable, __file__, "--worker", *(["--canary"] if canary else []), *options, str(corpus)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            *(["--canary"] if canary else []),
+            *options,
+            str(corpus),
+        ]
         result = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     return report(result, canary, artifacts)
 
@@ -138,7 +154,9 @@ def report(result: subprocess.CompletedProcess[str], canary: bool, artifacts: Pa
     finding = re.search(r"AssertionError: (accepted|refused|read otherwise)", output)
     if executions and coverage:
         edges, features, inputs = coverage[-1]
-        print(f"executions {executions[-1]}, coverage {edges} edges, {features} features, {inputs} inputs kept")
+        print(
+            f"executions {executions[-1]}, coverage {edges} edges, {features} features, {inputs} inputs kept"
+        )
     if canary:
         print("the planted bug was found" if finding else f"THE PLANTED BUG WAS NOT FOUND\n{output[-4000:]}")
         return 0 if finding and result.returncode != 0 else 1
@@ -150,7 +168,9 @@ def report(result: subprocess.CompletedProcess[str], canary: bool, artifacts: Pa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--canary", action="store_true")
     parser.add_argument("--artifacts", type=Path, help="where findings are saved (default: build/fuzz)")
@@ -172,7 +192,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 return supervise(options.seconds, True, Path(scratch))
         return supervise(options.seconds, options.canary, options.artifacts or HERE.parent / "build" / "fuzz")
-    print("atheris is not installed: pip install atheris (it has wheels for some platforms and Python versions only)", file=sys.stderr)
+    print("atheris is not installed: pip install atheris", file=sys.stderr)
     return 2
 
 

@@ -82,9 +82,7 @@ def torch_dtype_name(entry: TensorEntry, path: str = "") -> str:
     """
     name = DTYPES[entry.dtype].torch_name
     if name is None:
-        what = (
-            f"tensor {shown(entry.name)} is of type {entry.dtype}, for which torch has no dtype, so it cannot be loaded"
-        )
+        what = f"tensor {shown(entry.name)} is of type {entry.dtype}, for which torch has no dtype, so it cannot be loaded"
         refuse(Rule.DTYPE_NOT_IN_TORCH, path, what, "Leave it out of the model, or convert it to F8 or F4.")
     return name
 
@@ -97,9 +95,7 @@ def torch_shape(entry: TensorEntry, path: str = "") -> tuple[int, ...]:
     if entry.dtype != "F4":
         return entry.shape
     if not entry.shape or entry.shape[-1] % 2 != 0:
-        what = (
-            f"tensor {shown(entry.name)} is F4 of shape {list(entry.shape)}, torch packs pairs along the last dimension"
-        )
+        what = f"tensor {shown(entry.name)} is F4 of shape {list(entry.shape)}, torch packs pairs along the last dimension"
         refuse(Rule.DTYPE_NOT_IN_TORCH, path, what, "Pad its last dimension to an even size before saving.")
     return (*entry.shape[:-1], entry.shape[-1] // 2)
 
@@ -130,7 +126,8 @@ def open_checkpoint(
     `metadata.total_size` is wrong: nothing is read by it, it only tells mixed-up shards.
     """
     path = Path(path)
-    if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir may raise)
+    # os.path, here and below, where Path would let an OSError out.
+    if os.path.isdir(path):  # noqa: PTH112
         path = _find_in_directory(path, variant)
     if path.suffix == ".json":
         return _open_sharded(path, check_total_size)
@@ -158,7 +155,12 @@ def _open_regular(path: Path) -> int:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             what = f"this is not a regular file but a {_kind(mode)}"
-            refuse(Rule.FILE_NOT_REGULAR, str(path), what, "Give the path of a safetensors file or of its directory.")
+            refuse(
+                Rule.FILE_NOT_REGULAR,
+                str(path),
+                what,
+                "Give the path of a safetensors file or of its directory.",
+            )
     except BaseException:
         os.close(descriptor)
         raise
@@ -178,11 +180,16 @@ def _read_exactly(descriptor: int, size_bytes: int, offset_bytes: int, path: Pat
         try:
             part = os.pread(descriptor, missing, offset_bytes + size_bytes - missing)
         except OSError as error:
-            _unreadable(path, f"reading {missing} bytes at {offset_bytes + size_bytes - missing} failed", error)
+            _unreadable(
+                path, f"reading {missing} bytes at {offset_bytes + size_bytes - missing} failed", error
+            )
         if not part:
             what = f"the file ended at byte {offset_bytes + size_bytes - missing} while it was being read"
             refuse(
-                Rule.FILE_SHRANK, str(path), what, "Something is still writing or replacing it: wait for it to finish."
+                Rule.FILE_SHRANK,
+                str(path),
+                what,
+                "Something is still writing or replacing it: wait for it to finish.",
             )
         parts.append(part)
         missing -= len(part)
@@ -192,13 +199,17 @@ def _read_exactly(descriptor: int, size_bytes: int, offset_bytes: int, path: Pat
 def _find_in_directory(directory: Path, variant: str | None) -> Path:
     single, index = SINGLE_NAME, INDEX_NAME
     if variant is not None:
-        single, index = (f"{stem}.{variant}.{suffix}" for stem, suffix in (n.rsplit(".", 1) for n in (single, index)))
+        single, index = (
+            f"{stem}.{variant}.{suffix}" for stem, suffix in (n.rsplit(".", 1) for n in (single, index))
+        )
     for name in (single, index):
-        if _is_plain_name(name) and os.path.isfile(directory / name):  # noqa: PTH113 (Path.is_file may raise)
+        if _is_plain_name(name) and os.path.isfile(directory / name):  # noqa: PTH113
             return directory / name
     present = ", ".join(_names_of_weights(directory)[:8]) or "no such files at all"
     what = f"the directory has neither {single} nor {index} (it has {present})"
-    advice = "Give the path of the .safetensors file itself; convert pickled .bin weights to safetensors first."
+    advice = (
+        "Give the path of the .safetensors file itself; convert pickled .bin weights to safetensors first."
+    )
     return refuse(Rule.CHECKPOINT_MISSING, str(directory), what, advice)
 
 
@@ -218,21 +229,33 @@ def _open_sharded(index: Path, check_total_size: bool) -> Checkpoint:
     shard_of, total_size = _read_index(index)
     names = sorted(set(shard_of.values()))
     for name in names:
-        if not os.path.exists(index.parent / name):  # noqa: PTH110 (Path.exists may raise)
+        if not os.path.exists(index.parent / name):  # noqa: PTH110
             what = f"the index names the shard {shown(name)}, the directory does not have it"
-            refuse(Rule.SHARD_MISSING, str(index), what, "Likely an incomplete download: fetch the checkpoint again.")
+            refuse(
+                Rule.SHARD_MISSING,
+                str(index),
+                what,
+                "Likely an incomplete download: fetch the checkpoint again.",
+            )
     files = tuple(read_header(index.parent / name) for name in names)
     file_of: dict[str, int] = {}
     for number, file in enumerate(files):
         for tensor in file.tensors:
             if tensor in file_of:
                 what = f"tensor {shown(tensor)} is both in {names[file_of[tensor]]} and in {names[number]}"
-                refuse(Rule.TENSOR_TWICE, str(index), what, "Shards of two checkpoints are mixed: fetch it again.")
+                refuse(
+                    Rule.TENSOR_TWICE,
+                    str(index),
+                    what,
+                    "Shards of two checkpoints are mixed: fetch it again.",
+                )
             file_of[tensor] = number
     _check_map(index, shard_of, file_of, names)
     checkpoint = Checkpoint(index, files, file_of)
     if check_total_size and total_size is not None and total_size != checkpoint.size_bytes:
-        what = f"metadata.total_size is {total_size}, the shards hold {checkpoint.size_bytes} bytes of tensors"
+        what = (
+            f"metadata.total_size is {total_size}, the shards hold {checkpoint.size_bytes} bytes of tensors"
+        )
         advice = "Shards of two checkpoints may be mixed. If the index is known to be wrong: check_total_size=False."
         refuse(Rule.TOTAL_SIZE, str(index), what, advice)
     return checkpoint
@@ -256,7 +279,9 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | float | None]:
     try:
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes > HEADER_BYTES_MAX:
-            refuse(Rule.INDEX_TOO_LARGE, str(index), f"the index is {size_bytes} bytes long", "This is no index.")
+            refuse(
+                Rule.INDEX_TOO_LARGE, str(index), f"the index is {size_bytes} bytes long", "This is no index."
+            )
         document = load_json(_read_exactly(descriptor, size_bytes, 0, index), str(index))
     finally:
         os.close(descriptor)
@@ -279,6 +304,9 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | float | None]:
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total_size is not None and type(total_size) not in (int, float):
         refuse(
-            Rule.TOTAL_SIZE, str(index), f"metadata.total_size is {str(total_size)[:80]}", "Save the checkpoint again."
+            Rule.TOTAL_SIZE,
+            str(index),
+            f"metadata.total_size is {str(total_size)[:80]}",
+            "Save the checkpoint again.",
         )
     return weight_map, total_size

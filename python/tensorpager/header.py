@@ -23,6 +23,8 @@ from tensorpager.errors import CheckpointError
 
 LENGTH_PREFIX_BYTES = 8
 HEADER_BYTES_MAX = 100_000_000
+JSON_INTEGER_CHARACTERS_MAX = 20  # of 2^64 - 1, and of -2^63
+SHOWN_CHARACTERS_MAX = 120
 JSON_DEPTH_MAX = 127  # the reference reader refuses the 128th level
 U64_MAX = 2**64 - 1
 METADATA_KEY = "__metadata__"
@@ -33,7 +35,8 @@ class Rule(str, Enum):
 
     promise: str
 
-    def __new__(cls, slug: str, promise: str) -> Rule:
+    def __new__(cls, slug: str, promise: str) -> Rule:  # noqa: PYI034 (Self is newer than Python 3.10)
+        """A member is a string, its slug."""
         rule = str.__new__(cls, slug)
         rule._value_ = slug
         rule.promise = promise
@@ -41,7 +44,10 @@ class Rule(str, Enum):
 
     # The file.
     FILE_UNREADABLE = "file-unreadable", "the file exists and may be read"
-    FILE_NOT_REGULAR = "file-not-regular", "the file is a regular file, not a directory, FIFO, socket or device"
+    FILE_NOT_REGULAR = (
+        "file-not-regular",
+        "the file is a regular file, not a directory, FIFO, socket or device",
+    )
     FILE_TOO_SMALL = "file-too-small", "the file has room for the 8-byte header length"
     FILE_SHRANK = "file-shrank", "the file keeps its size while its header is read"
     # The header as bytes.
@@ -65,15 +71,24 @@ class Rule(str, Enum):
     OFFSETS_TYPE = "offsets-type", "data_offsets is an array of two integers from 0 to 2^64 - 1"
     # Where the tensors are.
     OFFSETS_REVERSED = "offsets-reversed", "a tensor does not end before it begins"
-    OFFSETS_HOLE = "offsets-hole", "each tensor begins where the one before it ends, the first at 0: no unused bytes"
+    OFFSETS_HOLE = (
+        "offsets-hole",
+        "each tensor begins where the one before it ends, the first at 0: no unused bytes",
+    )
     OFFSETS_OVERLAP = "offsets-overlap", "no byte belongs to two tensors"
-    SIZE_OVERFLOW = "size-overflow", "shape x element size, multiplied from the left, fits 64 bits at every step"
+    SIZE_OVERFLOW = (
+        "size-overflow",
+        "shape x element size, multiplied from the left, fits 64 bits at every step",
+    )
     SIZE_NOT_WHOLE_BYTES = "size-not-whole-bytes", "a tensor of 4- or 6-bit elements fills whole bytes"
     SIZE_MISMATCH = "size-mismatch", "data_offsets spans exactly shape x element size"
     FILE_TRUNCATED = "file-truncated", "the file holds all bytes its header promises"
     TRAILING_BYTES = "trailing-bytes", "the file ends with its last tensor"
     # Sharded checkpoints.
-    CHECKPOINT_MISSING = "checkpoint-missing", "the directory holds a safetensors file or index by the usual name"
+    CHECKPOINT_MISSING = (
+        "checkpoint-missing",
+        "the directory holds a safetensors file or index by the usual name",
+    )
     INDEX_TOO_LARGE = "index-too-large", "the index is at most 100,000,000 bytes long"
     INDEX_TYPE = "index-type", "the index is an object whose weight_map maps tensor names to shard names"
     SHARD_NAME = "shard-name", "a shard is named by a plain file name: a file of the index's own directory"
@@ -154,7 +169,7 @@ def refuse(rule: Rule, path: str, what: str, advice: str) -> NoReturn:
 
 def shown(name: str) -> str:
     """A name fit for a message: quoted, escaped, cut to 120 characters."""
-    return repr(name if len(name) <= 120 else name[:117] + "...")
+    return repr(name if len(name) <= SHOWN_CHARACTERS_MAX else name[:SHOWN_CHARACTERS_MAX] + "...")
 
 
 def _shown_type(dtype: str, shape: tuple[int, ...]) -> str:
@@ -174,15 +189,21 @@ def header_size_bytes(prefix: bytes, file_size_bytes: int, path: str) -> int:
     size_bytes = int.from_bytes(prefix[:LENGTH_PREFIX_BYTES], "little")
     if size_bytes > HEADER_BYTES_MAX:
         what = f"the first 8 bytes give a header of {size_bytes} bytes"
-        advice = "This is likely no safetensors file (a pickled .bin or a Git LFS pointer under a wrong name?)."
+        advice = (
+            "This is likely no safetensors file (a pickled .bin or a Git LFS pointer under a wrong name?)."
+        )
         refuse(Rule.HEADER_TOO_LARGE, path, what, advice)
     if LENGTH_PREFIX_BYTES + size_bytes > file_size_bytes:
-        what = f"the header should end at byte {LENGTH_PREFIX_BYTES + size_bytes}, the file at {file_size_bytes}"
+        what = (
+            f"the header should end at byte {LENGTH_PREFIX_BYTES + size_bytes}, the file at {file_size_bytes}"
+        )
         refuse(Rule.HEADER_PAST_END, path, what, INTERRUPTED)
     return size_bytes
 
 
-def parse_header(header: bytes, file_size_bytes: int, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def parse_header(
+    header: bytes, file_size_bytes: int, path: str
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Parses and checks a whole header.
 
     `header` is the file's bytes from 8 on, exactly as many as its length prefix says; `path` is for messages.
@@ -234,7 +255,9 @@ def load_json(text: bytes, path: str) -> object:
     def integer(literal: str) -> int | float:
         # What does not fit 64 bits, and -0, is no integer to the reference reader either; and the length of what
         # int() is given stays bounded.
-        return finite(literal) if len(literal) > 20 or literal == "-0" else int(literal)
+        return (
+            finite(literal) if len(literal) > JSON_INTEGER_CHARACTERS_MAX or literal == "-0" else int(literal)
+        )
 
     def constant(literal: str) -> NoReturn:
         refuse(Rule.JSON_NUMBER, path, f"{literal} is not JSON", WRITER)
@@ -261,7 +284,9 @@ _DEPTH_CHUNK_BYTES = 1 << 20
 def _check_depth(text: bytes, path: str) -> None:
     # Before the parser runs, since it recurses on the C stack as deep as the interpreter's limit lets it. Only quotes
     # and brackets are kept; dropping two adjacent quotes leaves every bracket inside or outside a string as it was.
-    structure = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE).replace(b'""', b"")
+    structure = (
+        text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE).replace(b'""', b"")
+    )
     depth, in_string = 0, False
     for start in range(0, len(structure), _DEPTH_CHUNK_BYTES):
         chunk = (b'"' if in_string else b"") + structure[start : start + _DEPTH_CHUNK_BYTES]
@@ -269,7 +294,9 @@ def _check_depth(text: bytes, path: str) -> None:
         brackets = _JSON_STRING.sub(b"", chunk)
         depths = list(accumulate(map(_BRACKET_STEP.__getitem__, brackets), initial=depth))
         if max(depths) > JSON_DEPTH_MAX:
-            refuse(Rule.JSON_DEPTH, path, f"the JSON text is nested {max(depths)} levels deep or deeper", DAMAGED)
+            refuse(
+                Rule.JSON_DEPTH, path, f"the JSON text is nested {max(depths)} levels deep or deeper", DAMAGED
+            )
         depth = depths[-1]
 
 
@@ -307,7 +334,9 @@ def _checked_entry(name: str, entry: object, path: str) -> tuple[int, int, str, 
         refuse(Rule.ENTRY_TYPE, path, what, WRITER)
     for field in ("dtype", "shape", "data_offsets"):
         if field not in entry:
-            refuse(Rule.ENTRY_FIELD_MISSING, path, f"the entry of tensor {shown(name)} has no {field}", WRITER)
+            refuse(
+                Rule.ENTRY_FIELD_MISSING, path, f"the entry of tensor {shown(name)} has no {field}", WRITER
+            )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         refuse(Rule.DTYPE_TYPE, path, f"the dtype of tensor {shown(name)} is {str(dtype)[:80]}", WRITER)
@@ -316,8 +345,17 @@ def _checked_entry(name: str, entry: object, path: str) -> tuple[int, int, str, 
         refuse(Rule.DTYPE_UNKNOWN, path, what, "The file may need a newer release of tensorpager.")
     if not isinstance(shape, list) or not all(map(_is_u64, shape)):
         refuse(Rule.SHAPE_TYPE, path, f"the shape of tensor {shown(name)} is {str(shape)[:80]}", WRITER)
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_u64, offsets)):
-        refuse(Rule.OFFSETS_TYPE, path, f"the data_offsets of tensor {shown(name)} are {str(offsets)[:80]}", WRITER)
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != len(("begin", "end"))
+        or not all(map(_is_u64, offsets))
+    ):
+        refuse(
+            Rule.OFFSETS_TYPE,
+            path,
+            f"the data_offsets of tensor {shown(name)} are {str(offsets)[:80]}",
+            WRITER,
+        )
     return offsets[0], offsets[1], dtype, tuple(shape)
 
 
@@ -326,7 +364,9 @@ def _check_place(name: str, begin: int, end: int, position: int, path: str) -> N
     if end < begin:
         refuse(Rule.OFFSETS_REVERSED, path, where, WRITER)
     if begin > position:
-        what = f"{where}, the tensors before it end at {position}: {begin - position} bytes belong to no tensor"
+        what = (
+            f"{where}, the tensors before it end at {position}: {begin - position} bytes belong to no tensor"
+        )
         refuse(Rule.OFFSETS_HOLE, path, what, WRITER)
     if begin < position:
         what = f"{where}, the tensor before it ends at {position}"
@@ -356,4 +396,6 @@ def _check_end(end: int, file_size_bytes: int, path: str) -> None:
     if end < file_size_bytes:
         what = f"the last tensor ends at byte {end}, the file is {file_size_bytes} bytes long"
         advice = "Bytes were added, or it is the wrong header for this data: fetch or save the file again."
-        refuse(Rule.TRAILING_BYTES, path, f"{what}: {file_size_bytes - end} bytes belong to no tensor", advice)
+        refuse(
+            Rule.TRAILING_BYTES, path, f"{what}: {file_size_bytes - end} bytes belong to no tensor", advice
+        )
