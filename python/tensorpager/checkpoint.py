@@ -82,7 +82,7 @@ def torch_dtype_name(entry: TensorEntry, path: str = "") -> str:
     """
     name = DTYPES[entry.dtype].torch_name
     if name is None:
-        what = f"tensor {shown(entry.name)} is of type {entry.dtype}, for which torch has no dtype, so it cannot be loaded"
+        what = f"tensor {shown(entry.name)} is of type {entry.dtype}, which no torch can load"
         refuse(Rule.DTYPE_NOT_IN_TORCH, path, what, "Leave it out of the model, or convert it to F8 or F4.")
     return name
 
@@ -95,7 +95,8 @@ def torch_shape(entry: TensorEntry, path: str = "") -> tuple[int, ...]:
     if entry.dtype != "F4":
         return entry.shape
     if not entry.shape or entry.shape[-1] % 2 != 0:
-        what = f"tensor {shown(entry.name)} is F4 of shape {list(entry.shape)}, torch packs pairs along the last dimension"
+        shape = list(entry.shape)
+        what = f"tensor {shown(entry.name)} is F4 of shape {shape}, torch packs pairs of the last dimension"
         refuse(Rule.DTYPE_NOT_IN_TORCH, path, what, "Pad its last dimension to an even size before saving.")
     return (*entry.shape[:-1], entry.shape[-1] // 2)
 
