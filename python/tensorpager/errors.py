@@ -36,14 +36,14 @@ class IoError(TensorPagerError, OSError):
     it ended early, or it changed while it was open. The tensor's memory is then not readable: no stale bytes, no hang.
     """
 
-    def __init__(self, message: str, error_number: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, error_number: int, message: str) -> None:
+        super().__init__(message)  # not both, or str() would begin with "[Errno 5]": the message has it in words
         if error_number:
             self.errno = error_number
 
-    def __reduce__(self) -> tuple[type[IoError], tuple[str, int]]:
+    def __reduce__(self) -> tuple[type[IoError], tuple[int, str]]:
         """Copies keep `errno`, which `OSError` itself would drop for an exception made from one argument."""
-        return type(self), (self.args[0], self.errno or 0)
+        return type(self), (self.errno or 0, self.args[0])
 
 
 class CorruptPageError(IoError):
