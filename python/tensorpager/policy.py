@@ -2,11 +2,12 @@
 """Which pages stay resident between their uses: Belady's MIN on the circle of a repeated pass, its bound, and LRU.
 
 [Note: gaps on a circle]
-Every page-in ends a gap that was not kept, so minimising page-ins means keeping as many page gaps as possible. Step t has
-room for frame_count minus the pages in use at t; a kept gap takes one place in each step of its interior. On a line MIN
-(when over-full, drop the gap that ends last) keeps the most. On a circle two more things are needed: which gaps cross the
-cut where the circle is opened (found by unrolling the pass many times and looking at what MIN does there), and a proof of
-how far from the optimum the result can be (`page_in_bound`, from prices of a place at each step).
+Every page-in ends a gap that was not kept, so minimising page-ins means keeping as many page gaps as possible. Step t
+has room for frame_count minus the pages in use at t; a kept gap takes one place in each step of its interior. On a
+line MIN (when over-full, drop the gap that ends last) keeps the most. On a circle two more things are needed: which
+gaps cross the cut where the circle is opened (found by unrolling the pass many times and looking at what MIN does
+there), and a proof of how far from the optimum the result can be (`page_in_bound`, from prices of a place at each
+step).
 
 Worked example: four layers of w pages, room for two layers. Keeping one whole layer costs 3w page-ins a pass. Keeping a
 third of every layer fits as well (three thirds beside the layer in use) and costs 8w/3, which is the optimum.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,11 +30,13 @@ UNROLL_PASSES_MAX = 32
 BOUND_GAPS_MAX = 12_000
 BOUND_ROUNDS_MAX = 64
 CUT_COUNT = 6
+PRICE_TOLERANCE = 0.125
 
 
 @dataclass(frozen=True, eq=False)
 class Circle:
-    """The gaps with an interior, as plain lists. Gap i takes a place in steps start[i] + 1 .. end[i] - 1, mod step_count.
+    """The gaps with an interior, as plain lists. Gap i takes a place in steps start[i] + 1 .. end[i] - 1, mod
+    step_count.
 
     index: position in UseClasses. start ascending, 0 <= start < step_count, start + 2 <= end <= start + step_count.
     """
@@ -84,15 +88,16 @@ def min_on_line(start: list[int], end: list[int], pages: list[int], room: list[i
     return kept
 
 
-def keep_most(circle: Circle, room: Int64Array, hints: list[list[int]]) -> list[int]:
+def keep_most(circle: Circle, room: Int64Array, hints: list[list[int]], *, quick: bool = False) -> list[int]:
     """Pages to keep of each gap of the circle, every pass the same, within room[t] >= 0 at every step.
 
     hints: further assignments worth trying (each within room). The result keeps at least as much as the best of them.
+    quick: look at fewer passes.
     """
     if not circle.index:
         return []
     cut = int(np.argmin(room))
-    unrolled = _unroll(circle, room, cut)
+    unrolled = _unroll(circle, room, cut, UNROLL_PASSES_MIN if quick else UNROLL_PASSES_MAX)
     tail = unrolled[len(unrolled) // 2 :]
     candidates = [*tail[-4:], [sum(column) // len(tail) for column in zip(*tail, strict=True)], *hints]
     best: list[int] = []
@@ -170,9 +175,9 @@ def _solve_from(circle: Circle, room: Int64Array, cut: int, assignment: list[int
     return kept
 
 
-def _unroll(circle: Circle, room: Int64Array, cut: int) -> list[list[int]]:
+def _unroll(circle: Circle, room: Int64Array, cut: int, passes_max: int) -> list[list[int]]:
     """MIN over many passes in a row from an empty start: kept pages of each gap, for all passes but the last."""
-    passes = min(max(UNROLL_GAPS_MAX // len(circle.index), UNROLL_PASSES_MIN), UNROLL_PASSES_MAX)
+    passes = min(max(UNROLL_GAPS_MAX // len(circle.index), UNROLL_PASSES_MIN), passes_max)
     order, start, end = _from_cut(circle, cut)
     count = circle.step_count
     flat = min_on_line(
@@ -199,14 +204,18 @@ def occupancy(circle: Circle, kept: list[int]) -> Int64Array:
     return line[: circle.step_count] + line[circle.step_count :]
 
 
-def fill_up(circle: Circle, room: Int64Array, kept: list[int], gaps: list[int]) -> list[int]:
-    """Keep as much more of the given gaps, in that order, as room allows."""
+def fill_up(
+    circle: Circle, room: Int64Array, kept: list[int], gaps: list[int], more_max: list[int] | None = None
+) -> list[int]:
+    """Keep as much more of the given gaps, in that order, as room (and more_max[gap], when given) allows."""
     spare = np.concatenate([room, room]) - np.tile(occupancy(circle, kept), 2)
     count = circle.step_count
     result = list(kept)
     for gap in gaps:
         first, last = circle.start[gap] + 1, circle.end[gap]
         more = min(circle.pages[gap] - result[gap], int(spare[first:last].min()))
+        if more_max is not None:
+            more = min(more, more_max[gap])
         if more > 0:
             result[gap] += more
             for begin, stop in ((first, last), (first - count, last - count), (first + count, last + count)):
@@ -214,31 +223,94 @@ def fill_up(circle: Circle, room: Int64Array, kept: list[int], gaps: list[int]) 
     return result
 
 
-def page_in_bound(circle: Circle, room: Int64Array) -> float:
+def page_in_bound(circle: Circle, room: Int64Array, prices: Prices) -> float:
     """A lower bound of page-ins per pass, for every schedule, also one that differs from pass to pass.
 
     See [Note: prices]. The bound is valid whatever the prices are; good prices make it tight.
     """
-    if not circle.index:
-        return 0.0
-    price, scale = _prices(circle, room)
-    total = np.concatenate([[0], np.cumsum(np.concatenate([price, price]))])
+    scale = prices.scale
     pages = np.array(circle.pages, np.int64)
-    cost = total[np.array(circle.end)] - total[np.array(circle.start) + 1]
-    kept_max = int((price * room).sum()) + int((pages * np.maximum(scale - cost, 0)).sum())
+    cost = _gap_costs(circle, prices)
+    kept_max = int((prices.place * room).sum()) + int((pages * np.maximum(scale - cost, 0)).sum())
     return max(0.0, float(int(pages.sum()) * scale - kept_max) / scale)
 
 
-def _prices(circle: Circle, room: Int64Array) -> tuple[Int64Array, int]:
+def _gap_costs(circle: Circle, prices: Prices) -> Int64Array:
+    """What the places a page takes through each gap cost together, in units of 1 / scale."""
+    total = np.concatenate([[0], np.cumsum(np.tile(prices.place, 2))])
+    costs: Int64Array = total[np.array(circle.end, np.int64)] - total[np.array(circle.start, np.int64) + 1]
+    return costs
+
+
+def keep_evenly(circle: Circle, room: Int64Array, prices: Prices) -> list[int]:
+    """Nearly as much as keep_most, spread: gaps that are worth the same are kept to the same share of their pages.
+
+    Whole layers kept side by side free no frame while they compute, so nothing can be read meanwhile. By [Note: prices]
+    a gap that costs less than it earns is kept whole, one that costs more not at all, and those about even share what
+    is
+    left: all grow alike until a step they cross is full.
+    """
+    if not circle.index:
+        return []
+    cost = _gap_costs(circle, prices) / prices.scale
+    kept = [0] * len(circle.index)
+    by_cost = np.argsort(cost, kind="stable")
+    cheap = [gap for gap in by_cost.tolist() if cost[gap] < 1 - PRICE_TOLERANCE]
+    kept = fill_up(circle, room, kept, cheap)
+    even = np.flatnonzero((cost >= 1 - PRICE_TOLERANCE) & (cost <= 1 + PRICE_TOLERANCE))
+    kept = _grow_alike(circle, room, kept, even)
+    return fill_up(circle, room, kept, by_cost.tolist())
+
+
+def _grow_alike(circle: Circle, room: Int64Array, kept: list[int], gaps: Int64Array) -> list[int]:
+    """Raise the share kept of all the given gaps together; a gap stops when a step of its interior is full."""
+    count = circle.step_count
+    pages = np.array(circle.pages, np.float64)[gaps]
+    first, last = np.array(circle.start)[gaps] + 1, np.array(circle.end)[gaps]
+    spare = (room - occupancy(circle, kept)).astype(np.float64)
+    share = np.zeros(len(gaps))
+    growing = np.ones(len(gaps), bool)
+    while growing.any():
+        change = np.zeros(2 * count + 1)
+        np.add.at(change, first[growing], pages[growing])
+        np.subtract.at(change, last[growing], pages[growing])
+        line = np.cumsum(change)[: 2 * count]
+        load = line[:count] + line[count:]
+        loaded = load > PRICE_TOLERANCE
+        limit = float((spare[loaded] / load[loaded]).min()) if loaded.any() else 1.0
+        step = min(max(limit, 0.0), float(1 - share[growing].max()))
+        share[growing] += step
+        spare -= step * load
+        full = np.concatenate([[0], np.cumsum(np.tile(loaded & (spare < load * 1e-9 + 1e-6), 2))])
+        stops = growing & ((full[last] > full[first]) | (share >= 1 - 1e-12))
+        growing &= ~stops
+        if not stops.any():
+            break
+    result = list(kept)
+    for gap, amount in zip(gaps.tolist(), np.floor(share * pages + 1e-6).astype(np.int64).tolist(), strict=True):
+        result[gap] += min(amount, circle.pages[gap] - result[gap])
+    return result
+
+
+class Prices(NamedTuple):
+    """What a place in memory is worth at each step: place[t] / scale page-ins. See [Note: prices]."""
+
+    place: Int64Array
+    scale: int
+
+
+def place_prices(circle: Circle, room: Int64Array) -> Prices:
     """[Note: prices]
     Let a place at step t cost price[t] / scale >= 0, and let keeping a page through a gap earn 1. Whatever is kept, the
     earnings are at most what all places cost plus, for every gap, pages * max(0, 1 - cost of its interior). The best
-    prices are the dual solution of the linear programme. On the unrolled line MIN is optimal and integral, so its dual is
-    a potential per step that rises by at least 1 over every gap not wholly kept, by at most 1 over every gap kept in part
-    or whole, and not at all over a step with a free place. The least such potential is found by sweeping to and fro; the
-    mean over the inner passes gives prices for the circle.
+    prices are the dual solution of the linear programme. On the unrolled line MIN is optimal and integral, so its
+    dual is a potential per step that rises by at least 1 over every gap not wholly kept, by at most 1 over every gap
+    kept in part or whole, and not at all over a step with a free place. The least such potential is found by sweeping
+    to and fro; the mean over the inner passes gives prices for the circle.
     """
     count = circle.step_count
+    if not circle.index:
+        return Prices(np.zeros(count, np.int64), 1)
     passes = min(max(BOUND_GAPS_MAX // len(circle.index), UNROLL_PASSES_MIN), UNROLL_PASSES_MAX)
     start = [first + turn * count for turn in range(passes) for first in circle.start]
     end = [last + turn * count for turn in range(passes) for last in circle.end]
@@ -259,9 +331,8 @@ def _prices(circle: Circle, room: Int64Array) -> tuple[Int64Array, int]:
                 fall[start[gap] + 1].append(end[gap])
     potential = _least_potential(rise, fall, has_free)
     price = np.diff(potential)
-    skipped = 1 if passes > 2 else 0
-    inner = price[skipped * count : (passes - skipped) * count].reshape(-1, count)
-    return inner.sum(axis=0), len(inner)
+    inner = price[count:-count].reshape(-1, count)  # the first and the last pass see the ends of the line
+    return Prices(inner.sum(axis=0), len(inner))
 
 
 def _least_potential(rise: list[list[int]], fall: list[list[int]], has_free: list[bool]) -> Int64Array:
@@ -270,13 +341,15 @@ def _least_potential(rise: list[list[int]], fall: list[list[int]], has_free: lis
     for _ in range(BOUND_ROUNDS_MAX):
         changed = False
         for node in range(1, len(potential)):
-            least = max([potential[node - 1], *[potential[source] + 1 for source in rise[node]]])
+            least = potential[node - 1]
+            for source in rise[node]:
+                least = max(least, potential[source] + 1)
             if least > potential[node]:
                 potential[node], changed = least, True
         for node in range(len(potential) - 2, -1, -1):
-            least = max([potential[node], *[potential[source] - 1 for source in fall[node]]])
-            if has_free[node]:
-                least = max(least, potential[node + 1])
+            least = potential[node + 1] if has_free[node] else potential[node]
+            for source in fall[node]:
+                least = max(least, potential[source] - 1)
             if least > potential[node]:
                 potential[node], changed = least, True
         if not changed:
@@ -319,7 +392,8 @@ def lru_page_ins(steps: Steps, frame_count: int) -> int:
     """Page-ins per pass of LRU with perfect prefetch, steady state. ValueError when a step does not fit."""
     classes = use_classes(steps)
     if int(classes.step_pages.max()) > frame_count:
-        raise ValueError(f"a step needs {int(classes.step_pages.max())} pages and there are {frame_count} frames")
+        msg = f"a step needs {int(classes.step_pages.max())} pages and there are {frame_count} frames"
+        raise ValueError(msg)
     return int(classes.gap_pages.sum()) - sum(lru_kept(classes, frame_count))
 
 
@@ -337,7 +411,8 @@ def belady_page_ins(steps: Steps, frame_count: int, passes: int) -> list[int]:
     result = [0] * passes
     for position, need in enumerate(line):
         if len(need) > frame_count:
-            raise ValueError(f"step {position % steps.count} needs {len(need)} pages and there are {frame_count} frames")
+            msg = f"step {position % steps.count} needs {len(need)} pages and there are {frame_count} frames"
+            raise ValueError(msg)
         result[position // steps.count] += len(need - resident)
         resident |= need
         while len(resident) > frame_count:

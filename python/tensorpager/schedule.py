@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,13 @@ class Schedule:
     the executor pages these in first, in this order. I <= frame_count.
     Actions, int32 [A] each, carried out strictly in order:
     action_page_in: the page to read. action_evict: the page whose frame it takes, -1 for a free frame.
-    action_step: the action may be carried out once steps 0..action_step-1 of this pass have been acquired and the evicted
-    page is no longer in use. action_deadline: the step that first needs the page; S or more is step (value - S) of the
-    next pass. Both never decrease, and action_step <= action_deadline. After the last action exactly initial_pages are
-    resident again.
-    Certificate, per pass in steady state: page_ins_per_pass; accesses_per_pass (pages of each acquired set, summed) and
-    hits_per_pass (of these, not paged in for this access); lower_bound_page_ins (no schedule at all can do with fewer, on
-    average over passes); working_set_pages (pages the pass uses); largest_step_pages (in use at once, at most).
+    action_step: the action may be carried out once steps 0..action_step-1 of this pass have been acquired and the
+    evicted page is no longer in use. action_deadline: the step that first needs the page; S or more is step (value -
+    S) of the next pass. Both never decrease, and action_step <= action_deadline. After the last action exactly
+    initial_pages are resident again. Certificate, per pass in steady state: page_ins_per_pass; accesses_per_pass
+    (pages of each acquired set, summed) and hits_per_pass (of these, not paged in for this access);
+    lower_bound_page_ins (no schedule at all can do with fewer, on average over passes); working_set_pages (pages the
+    pass uses); largest_step_pages (in use at once, at most).
     """
 
     page_bytes: int
@@ -69,7 +70,8 @@ class Schedule:
         try:
             content = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"schedule: not JSON: {error}") from None
+            msg = f"schedule: not JSON: {error}"
+            raise ValueError(msg) from None
         _require(isinstance(content, dict), "the text is one JSON object")
         _require(content.pop("format", None) == SCHEDULE_FORMAT, f'"format" is "{SCHEDULE_FORMAT}"')
         version = content.pop("version", None)
@@ -77,7 +79,8 @@ class Schedule:
         names = {field.name for field in fields(cls)}
         missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
         _require(not missing and not unknown, f"exactly the known fields (missing {missing}, unknown {unknown})")
-        return cls(**{name: _decode(name, content[name]) for name in names})
+        values: dict[str, Any] = {name: _decode(name, content[name]) for name in names}
+        return cls(**values)
 
 
 ARRAY_FIELDS = ("step_set", "initial_pages", "action_page_in", "action_evict", "action_step", "action_deadline")
@@ -95,7 +98,8 @@ COUNT_FIELDS = (
 
 def _require(holds: bool, rule: str) -> None:
     if not holds:
-        raise ValueError(f"schedule breaks a rule: {rule}")
+        msg = f"schedule breaks a rule: {rule}"
+        raise ValueError(msg)
 
 
 def _decode(name: str, value: object) -> object:
@@ -194,7 +198,8 @@ def simulate(schedule: Schedule, steps: Steps, *, passes: int = 3, eager: bool =
 class _Shadow:
     def __init__(self, schedule: Schedule, steps: Steps) -> None:
         if not np.array_equal(schedule.step_set, steps.step_set):
-            raise ValueError("the schedule was made for other steps: step_set differs")
+            msg = "the schedule was made for other steps: step_set differs"
+            raise ValueError(msg)
         self.schedule = schedule
         self.steps = steps
         self.resident = set(schedule.initial_pages.tolist())
@@ -235,7 +240,8 @@ class _Shadow:
                     self._one_action(turn, self.steps.count, must=True)
             page_ins.append(self.next_action - before)
             if self.resident != set(self.schedule.initial_pages.tolist()):
-                raise ValueError(f"pass {turn} does not end with initial_pages resident")
+                msg = f"pass {turn} does not end with initial_pages resident"
+                raise ValueError(msg)
         return Simulation(tuple(page_ins), self.resident_max, ahead)
 
     def _due_count(self, turn: int, step: int) -> int:
@@ -258,25 +264,30 @@ class _Shadow:
         page_in, evict, step, _ = self.actions[self.next_action % len(self.actions)]
         allowed = step <= acquired and self.in_use.get(evict, 0) == 0
         if not allowed and must:
-            raise ValueError(f"pass {turn}: step {acquired} waits for page {page_in}, but page {evict} can't be evicted yet")
+            msg = f"pass {turn}: step {acquired} waits for page {page_in}, but page {evict} can't be evicted yet"
+            raise ValueError(msg)
         if not allowed:
             return False
         if evict >= 0 and evict not in self.resident:
-            raise ValueError(f"pass {turn}, before step {acquired}: page {evict} is evicted but absent")
+            msg = f"pass {turn}, before step {acquired}: page {evict} is evicted but absent"
+            raise ValueError(msg)
         self.resident.discard(evict)
         if page_in in self.resident:
-            raise ValueError(f"pass {turn}, before step {acquired}: page {page_in} is read but resident")
+            msg = f"pass {turn}, before step {acquired}: page {page_in} is read but resident"
+            raise ValueError(msg)
         self.resident.add(page_in)
         self.resident_max = max(self.resident_max, len(self.resident))
         if len(self.resident) > self.schedule.frame_count:
-            raise ValueError(f"pass {turn}, before step {acquired}: {len(self.resident)} pages in {self.schedule.frame_count} frames")
+            msg = f"pass {turn}, before step {acquired}: too many pages ({len(self.resident)}) are resident"
+            raise ValueError(msg)
         self.next_action += 1
         return True
 
     def _acquire(self, turn: int, step: int) -> None:
         for page in self.steps.set_pages[int(self.steps.step_set[step])].tolist():
             if page not in self.resident:
-                raise ValueError(f"pass {turn}, step {step}: page {page} is absent at its acquire")
+                msg = f"pass {turn}, step {step}: page {page} is absent at its acquire"
+                raise ValueError(msg)
             self.in_use[page] = self.in_use.get(page, 0) + 1
 
     def _release(self, step: int) -> None:

@@ -4,11 +4,11 @@
 A *set* is the pages one module call (or one stray access) needs. A *window* lies between its acquire and its release;
 windows nest and overlap. Every acquire is a *step*. A pass is repeated for ever, so steps lie on a circle.
 
-Pages that are needed by exactly the same sets are interchangeable. They form a *use class* (most often: the pages of one
-tensor), and everything after this file counts pages per class instead of following 70,000 of them.
+Pages that are needed by exactly the same sets are interchangeable. They form a *use class* (most often: the pages of
+one tensor), and everything after this file counts pages per class instead of following 70,000 of them.
 
-A class is in use in *runs* of consecutive steps. Between two runs lies a *gap*: the only choice a plan has is how many of
-the class's pages stay resident through each gap.
+A class is in use in *runs* of consecutive steps. Between two runs lies a *gap*: the only choice a plan has is how
+many of the class's pages stay resident through each gap.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ class Steps:
 
     def __post_init__(self) -> None:
         if self.step_set.ndim != 1 or self.step_set.shape != self.step_end.shape:
-            raise ValueError(
-                f"step_set {self.step_set.shape} and step_end {self.step_end.shape} must be equally long vectors"
-            )
+            msg = f"step_set {self.step_set.shape} and step_end {self.step_end.shape} must be equally long vectors"
+            raise ValueError(msg)
         if len(self.step_set) == 0:
-            raise ValueError("a pass needs at least one step: nothing was acquired while it was recorded")
+            msg = "a pass needs at least one step: nothing was acquired while it was recorded"
+            raise ValueError(msg)
         index = np.arange(len(self.step_set))
         if bool(np.any(self.step_end < index)) or bool(np.any(self.step_end >= len(index))):
-            raise ValueError("step_end[j] must lie between j and the last step")
+            msg = "step_end[j] must lie between j and the last step"
+            raise ValueError(msg)
 
     @property
     def count(self) -> int:
@@ -58,9 +59,9 @@ class Steps:
 def steps_from_events(events: npt.ArrayLike, set_pages: Mapping[int, npt.ArrayLike] | Sequence[npt.ArrayLike]) -> Steps:
     """Turn the recorded events of one pass into steps.
 
-    events: integers [E] in order: +(set_id + 1) acquires, -(set_id + 1) releases. set_pages: set id -> pages (any order,
-    repeats allowed). ValueError when a release has no open window, a window stays open, a set has no entry in set_pages,
-    or nothing was acquired.
+    events: integers [E] in order: +(set_id + 1) acquires, -(set_id + 1) releases. set_pages: set id -> pages (any
+    order, repeats allowed). ValueError when a release has no open window, a window stays open, a set has no entry in
+    set_pages, or nothing was acquired.
     """
     event_list = _integer_vector(events, "events").tolist()
     step_set: list[int] = []
@@ -68,7 +69,8 @@ def steps_from_events(events: npt.ArrayLike, set_pages: Mapping[int, npt.ArrayLi
     open_steps: dict[int, list[int]] = {}
     for position, event in enumerate(event_list):
         if event == 0:
-            raise ValueError(f"event {position} is 0: acquires are positive and releases negative")
+            msg = f"event {position} is 0: acquires are positive and releases negative"
+            raise ValueError(msg)
         set_id = abs(event) - 1
         if event > 0:
             open_steps.setdefault(set_id, []).append(len(step_set))
@@ -76,14 +78,16 @@ def steps_from_events(events: npt.ArrayLike, set_pages: Mapping[int, npt.ArrayLi
             step_end.append(-1)
             continue
         if not open_steps.get(set_id):
-            raise ValueError(f"event {position} releases set {set_id}, which is not acquired at that point")
+            msg = f"event {position} releases set {set_id}, which is not acquired at that point"
+            raise ValueError(msg)
         step_end[open_steps[set_id].pop()] = len(step_set) - 1
     left_open = [set_id for set_id, opened in open_steps.items() if opened]
     if left_open:
-        raise ValueError(
+        msg = (
             f"set {left_open[0]} is acquired and never released ({len(left_open)} such sets): "
             "the recording ended inside a step, so it is not a whole pass"
         )
+        raise ValueError(msg)
     pages = {set_id: _page_vector(set_pages, set_id) for set_id in sorted(open_steps)}
     return Steps(np.array(step_set, np.int32), np.array(step_end, np.int32), pages)
 
@@ -91,7 +95,8 @@ def steps_from_events(events: npt.ArrayLike, set_pages: Mapping[int, npt.ArrayLi
 def _integer_vector(values: npt.ArrayLike, name: str) -> npt.NDArray[np.integer]:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must be a vector of integers, not {array.dtype} {array.shape}")
+        msg = f"{name} must be a vector of integers, not {array.dtype} {array.shape}"
+        raise ValueError(msg)
     return array.astype(np.int64)
 
 
@@ -99,10 +104,12 @@ def _page_vector(set_pages: Mapping[int, npt.ArrayLike] | Sequence[npt.ArrayLike
     try:
         values = set_pages[set_id]
     except (KeyError, IndexError):
-        raise ValueError(f"the events acquire set {set_id}, which set_pages does not hold") from None
+        msg = f"the events acquire set {set_id}, which set_pages does not hold"
+        raise ValueError(msg) from None
     pages = np.unique(_integer_vector(values, f"set_pages[{set_id}]"))
     if len(pages) and (pages[0] < 0 or pages[-1] > INT32_MAX):
-        raise ValueError(f"set_pages[{set_id}] holds page {pages[0]} to {pages[-1]}: outside 0..{INT32_MAX}")
+        msg = f"set_pages[{set_id}] holds page {pages[0]} to {pages[-1]}: outside 0..{INT32_MAX}"
+        raise ValueError(msg)
     return pages.astype(np.int32)
 
 
@@ -114,9 +121,9 @@ class UseClasses:
     first_use: int64 [classes], the first step of the pass that needs the class.
     step_pages: int64 [S], pages in use at each step (all open windows together).
     own_pages: int64 [S], pages of the set each step acquires.
-    gap_class, gap_start, gap_end, gap_pages: int64 [G]. The class is used at step gap_start (last step of a run) and next
-    at gap_end, start < end < start + S + 1; gap_end >= S lies in the next pass. gap_pages is the size of the class.
-    Every class has exactly one gap that leaves the pass.
+    gap_class, gap_start, gap_end, gap_pages: int64 [G]. The class is used at step gap_start (last step of a run) and
+    next at gap_end, start < end < start + S + 1; gap_end >= S lies in the next pass. gap_pages is the size of the
+    class. Every class has exactly one gap that leaves the pass.
     """
 
     step_count: int

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the budget to leave for reading ahead: fewest page-ins is not least time.
+
+[Note: read-ahead]
+MIN fills every frame with pages worth keeping. Then nothing can be read while a step computes: its frames come free
+only when it is over, and the drive idles through all computing. Leaving q pages beside a step of p pages free costs a
+few page-ins and lets the drive work through the step if computing on p pages takes no longer than reading q. So the
+reserve at each step is a share of the pages of that step, and the share is chosen by a small model of a pass: one
+drive that reads one page in one unit of time, computing that takes a fixed part of a unit per page, page-ins started
+as early as the pairing allows. The share that comes closest to max(time to read the fewest page-ins, time to
+compute), over computing that is faster than, and as fast as reading, wins. The order of plans hardly depends on the
+exact ratios.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tensorpager.policy import Circle, Prices, fill_up, keep_evenly, keep_most, lru_kept, place_prices
+from tensorpager.steps import Int64Array, UseClasses
+
+READ_AHEAD_SHARES = (0.125, 0.25, 0.5, 1.0)
+COMPUTE_PER_PAGE = (0.125, 0.25, 0.5, 1.0)
+MODEL_PASSES = 4
+READ_AHEAD_PAGE_INS_MAX = 1.03
+
+
+def choose_kept(
+    classes: UseClasses, circle: Circle, prices: Prices, frame_count: int, read_ahead: float | None
+) -> list[int]:
+    """Pages to keep of each gap, in UseClasses order; the pages of the pass do not all fit in frame_count.
+
+    read_ahead: frames left free at each step, per page of that step; None picks the best by [Note: read-ahead]. Never
+    more page-ins than LRU, nor (when it is picked here) than READ_AHEAD_PAGE_INS_MAX
+    times what keeping the same pages for good would take: all pages less the frames that the largest step leaves.
+    """
+    room = frame_count - classes.step_pages
+    lru = lru_kept(classes, frame_count)
+    fewest = _keep_fewest_page_ins(classes, circle, room, prices, lru)
+    if read_ahead == 0:
+        return fewest
+    shares = READ_AHEAD_SHARES if read_ahead is None else (read_ahead,)
+    gap_total = int(classes.gap_pages.sum())
+    kept_least = sum(lru)
+    if read_ahead is None:
+        stationary = classes.page_total - frame_count + int(classes.step_pages.max())
+        page_ins_max = int(stationary * READ_AHEAD_PAGE_INS_MAX)
+        kept_least = max(kept_least, gap_total - max(page_ins_max, gap_total - sum(fewest)))
+    floors = [max(part * float(classes.own_pages.sum()), float(gap_total - sum(fewest))) for part in COMPUTE_PER_PAGE]
+    best, best_cost = fewest, _cost(classes, fewest, frame_count, floors)
+    for share in shares:
+        reserve = np.ceil(classes.own_pages * share).astype(np.int64)
+        left = np.maximum(room - reserve, 0)
+        for inner in (keep_most(circle, left, [], quick=True), keep_evenly(circle, left, place_prices(circle, left))):
+            kept = keep_what_returns_at_once(classes, circle, _all_gaps(classes, circle, inner), frame_count)
+            cost = _cost(classes, kept, frame_count, floors)
+            if sum(kept) >= kept_least and cost < best_cost:
+                best, best_cost = kept, cost
+    return best
+
+
+def _keep_fewest_page_ins(
+    classes: UseClasses, circle: Circle, room: Int64Array, prices: Prices, lru: list[int]
+) -> list[int]:
+    evenly = keep_evenly(circle, room, prices)
+    most = keep_most(circle, room, [[lru[gap] for gap in circle.index], evenly])
+    most = fill_up(circle, room, most, list(range(len(most))))
+    return _all_gaps(classes, circle, most if sum(most) > sum(evenly) else evenly)
+
+
+def _all_gaps(classes: UseClasses, circle: Circle, inner: list[int]) -> list[int]:
+    kept: list[int] = classes.gap_pages.tolist()
+    for gap, amount in zip(circle.index, inner, strict=True):
+        kept[gap] = amount
+    return kept
+
+
+def frames_ahead(classes: UseClasses, kept: list[int], frame_count: int) -> int:
+    """Frames beside the pages kept across the start of the pass: what page-ins for the next pass may fill."""
+    crossing = classes.gap_end >= classes.step_count
+    absent = int((classes.gap_pages - np.array(kept, np.int64))[crossing].sum())
+    page_ins = int(classes.gap_pages.sum()) - sum(kept)
+    return min(frame_count - (classes.page_total - absent), page_ins)
+
+
+def keep_what_returns_at_once(classes: UseClasses, circle: Circle, kept: list[int], frame_count: int) -> list[int]:
+    """Keep every page that reading ahead would bring back before (or in the same action as) it is evicted.
+
+    Such a page's gap has a free frame throughout: were a step in it full, all page-ins due by then would be paired with
+    evictions possible by then, and the page's own page-in comes later than both.
+    """
+    kept = list(kept)
+    room = frame_count - classes.step_pages
+    while True:
+        ahead = frames_ahead(classes, kept, frame_count)
+        dropped = classes.gap_pages - np.array(kept, np.int64)
+        too_soon = _returning(classes, dropped, ahead)[circle.index]
+        if not too_soon.any():
+            return kept
+        inner = [kept[gap] for gap in circle.index]
+        gaps = np.flatnonzero(too_soon).tolist()
+        filled = fill_up(circle, room, inner, gaps, too_soon.tolist())
+        assert sum(filled) > sum(inner), "a page that returns at once has room through its gap"
+        kept = _all_gaps(classes, circle, filled)
+
+
+def _returning(classes: UseClasses, dropped: Int64Array, ahead: int) -> Int64Array:
+    """int64 [G]: at most how many pages of each gap are read back by an action not after their own eviction."""
+    count, total = classes.step_count, int(dropped.sum())
+    evict_order = np.lexsort((-classes.gap_end, classes.gap_start))
+    read_order = np.lexsort((classes.gap_class, classes.gap_end % count))
+    evict_last = np.zeros(len(dropped), np.int64)
+    read_first = np.zeros(len(dropped), np.int64)
+    evict_last[evict_order] = np.cumsum(dropped[evict_order]) - 1
+    read_first[read_order] = np.cumsum(dropped[read_order]) - dropped[read_order]
+    read_first += total * (classes.gap_end >= count)
+    return np.clip(evict_last - (read_first - ahead) + 1, 0, dropped)
+
+
+def pass_time(classes: UseClasses, kept: list[int], frame_count: int, compute_per_page: float) -> float:
+    """Time of one steady pass when reading a page takes 1 and computing takes compute_per_page per page of the step."""
+    count = classes.step_count
+    dropped = classes.gap_pages - np.array(kept, np.int64)
+    evictable = np.bincount(classes.gap_start, dropped, count).tolist()
+    needed = np.bincount(classes.gap_end % count, dropped, count).tolist()
+    ahead = frames_ahead(classes, kept, frame_count)
+    compute = (classes.own_pages * compute_per_page).tolist()
+    now = start = 0.0
+    read = due = 0.0
+    allowed = float(ahead)
+    for _ in range(MODEL_PASSES):
+        start = now
+        for step in range(count):
+            due += needed[step]
+            wait = max(0.0, due - read)
+            now += wait + compute[step]
+            read = min(allowed, read + wait + compute[step])
+            allowed += evictable[step]
+    return now - start
+
+
+def _cost(classes: UseClasses, kept: list[int], frame_count: int, floors: list[float]) -> float:
+    times = [pass_time(classes, kept, frame_count, part) for part in COMPUTE_PER_PAGE]
+    return sum(time / floor for time, floor in zip(times, floors, strict=True) if floor > 0)
