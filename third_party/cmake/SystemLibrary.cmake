@@ -11,7 +11,7 @@ function(tensorpager_find_system_library name)
   find_package_handle_standard_args(
     ${name}
     REQUIRED_VARS ${name}_LIBRARY ${name}_INCLUDE_DIR
-    REASON_FAILURE_MESSAGE "install the system package ${arg_PACKAGES}; `make setup` does it where it may")
+    REASON_FAILURE_MESSAGE "Install the system package ${arg_PACKAGES}, or let `make setup` do it.")
   set(${name}_FOUND ${${name}_FOUND} PARENT_SCOPE)
   if(NOT ${name}_FOUND OR TARGET ${name}::${name})
     return()
