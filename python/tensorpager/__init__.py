@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tensorpager: virtual memory for tensors. A model's weights live on disk; a fixed budget of RAM holds what is needed next.
+
+    import tensorpager as tp
+
+    model = tp.from_pretrained("path/to/checkpoint", budget="4GiB")   # a transformers model, paged in place
+    pager = tp.page(module, budget="1GiB")                            # any torch.nn.Module
+
+Importing the package is cheap: torch, transformers and the native core are loaded by what first needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tensorpager.errors import (
+    BudgetError,
+    CheckpointError,
+    ClosedError,
+    CorruptPageError,
+    EngineError,
+    ForkedProcessError,
+    IoError,
+    MemoryMapError,
+    PagedTensorError,
+    TensorPagerError,
+    TraceError,
+)
+
+if TYPE_CHECKING:
+    from tensorpager.paged_tensor import PagedTensor
+    from tensorpager.pager import Pager, page
+    from tensorpager.pretrained import from_pretrained
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ClosedError",
+    "CorruptPageError",
+    "EngineError",
+    "ForkedProcessError",
+    "IoError",
+    "MemoryMapError",
+    "PagedTensor",
+    "PagedTensorError",
+    "Pager",
+    "TensorPagerError",
+    "TraceError",
+    "__version__",
+    "from_pretrained",
+    "page",
+]
+
+_HOME = {
+    "PagedTensor": "tensorpager.paged_tensor",
+    "Pager": "tensorpager.pager",
+    "from_pretrained": "tensorpager.pretrained",
+    "page": "tensorpager.pager",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'tensorpager' has no attribute '{name}'")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors over a pager's address space, and the guard that pages in what an operation reads.
+
+A `PagedTensor` is an ordinary strided CPU tensor whose bytes may be absent. Its address never changes, so autograd,
+views, optimizers and tied weights need nothing special. Every torch function that gets one passes through the guard:
+
+* what only looks at shape, dtype or flags passes straight through;
+* a view stays paged and is guarded in turn;
+* everything else runs while the bytes its arguments span are held resident, unless the call of the module that owns
+  them holds them already (`windows.py`).
+
+The guard is an optimisation and the place for clear errors. A raw access it does not see (autograd's backward, a C++
+extension) traps in the core and is paged in there. What does not work on absent memory is a system call: it fails with
+EFAULT. Hence `numpy()`, DLPack, pickle, `copy.deepcopy` and safetensors get ordinary copies.
+
+Threads: any. A tensor's shape and place are not changed concurrently, as in torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from tensorpager import op_rules
+from tensorpager.errors import ClosedError, PagedTensorError
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+    from tensorpager.windows import Window
+
+__all__ = ["Backing", "PagedTensor", "Tracer", "make_paged", "hold_arguments", "ordinary_copy", "reads_bytes", "release_all", "set_tracer", "span_of"]
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+Handler = Callable[[Callable[..., Any], Arguments, Keywords], Any]
+
+_NoGuard = torch._C.DisableTorchFunctionSubclass
+
+
+class Backing:
+    """What a paged tensor and all its views have in common: the core that pages them, and who holds them resident.
+
+    windows: the module calls that hold the tensor while one of them is open (`Window.depth` > 0).
+    hold_bytes_max: an operation on more than this is not held at once; its pages come in as they are touched.
+    """
+
+    __slots__ = ("core", "hold_bytes_max", "name", "windows")
+
+    def __init__(self, core: Core, name: str) -> None:
+        self.core = core
+        self.name = name
+        self.windows: list[Window] = []
+        self.hold_bytes_max = core.pinnable_page_count * core.page_bytes // 2
+
+    def in_window(self) -> bool:
+        """Whether a module call that is open holds the tensor."""
+        return any(window.depth > 0 for window in self.windows)
+
+
+class Tracer(Protocol):
+    """Takes over all guarded functions of one thread while a model is run on fake tensors."""
+
+    thread_id: int
+
+    def run(self, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any: ...
+
+
+_tracer: Tracer | None = None
+
+
+def set_tracer(tracer: Tracer | None) -> None:
+    """Route guarded functions of the tracer's thread to it; None ends that. One tracer at a time (see trace.py)."""
+    global _tracer
+    _tracer = tracer
+
+
+class PagedTensor(torch.Tensor):
+    """A tensor whose bytes lie in a pager's address space; any shape, stride and dtype, device "cpu".
+
+    Made by `tensorpager.page` and `tensorpager.from_pretrained`, and by taking views of one. A paged parameter is an
+    instance of `torch.nn.Parameter` too. Operations give ordinary tensors. `numpy()`, DLPack, pickle and
+    `copy.deepcopy` give ordinary copies. Raises ClosedError after `Pager.close()`, IoError when a page can't be read,
+    PagedTensorError when its memory would be replaced (`p.data = other`, `model.half()`).
+    """
+
+    _tp_backing: Backing | None = None
+    _tp_span: tuple[int, int] | None = None  # (address, size_bytes), once computed
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> Any:
+        if _tracer is not None and _tracer.thread_id == threading.get_ident():
+            return _tracer.run(func, args, kwargs or {})
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(func, args, kwargs or {})
+        if len(types) > 1:
+            return _with_other_subclasses(func, types, args, kwargs or {})
+        return _guarded(func, args, kwargs or {})
+
+
+def make_paged(plain: torch.Tensor, backing: Backing, *, parameter: bool = False, requires_grad: bool = False) -> PagedTensor:
+    """Wrap a plain tensor over the address space of backing.core; a parameter if asked for. Reads nothing.
+
+    requires_grad needs a floating or complex dtype, as in torch.
+    """
+    paged: PagedTensor = torch.Tensor._make_subclass(PagedTensor, plain, requires_grad)
+    paged._tp_backing = backing
+    paged._tp_span = span_of(plain)
+    if parameter:
+        paged._is_param = True  # type: ignore[attr-defined]
+    return paged
+
+
+def span_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """(address, size_bytes) from the first to the last byte the tensor covers; (address, 0) for an empty one."""
+    with _NoGuard():
+        if tensor.numel() == 0:
+            return tensor.data_ptr(), 0
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), (last + 1) * tensor.element_size()
+
+
+def ordinary_copy(tensor: PagedTensor) -> torch.Tensor:
+    """An ordinary tensor with the same values, strides and requires_grad; a Parameter for a paged parameter."""
+    held: list[tuple[Core, int]] = []
+    try:
+        _hold(tensor, held, 0)
+        with _NoGuard():
+            copy = tensor.detach().clone(memory_format=torch.preserve_format)
+            if getattr(tensor, "_is_param", False):
+                return torch.nn.Parameter(copy, tensor.requires_grad)
+            return copy.requires_grad_(tensor.requires_grad)
+    finally:
+        release_all(held)
+
+
+def _hold(tensor: PagedTensor, held: list[tuple[Core, int]], held_bytes: int) -> int:
+    """Make the tensor resident and note it in `held`; returns held_bytes plus what it adds. Blocks on I/O."""
+    backing = tensor._tp_backing
+    if backing is None:
+        return held_bytes
+    for window in backing.windows:
+        if window.depth > 0:
+            return held_bytes
+    span = tensor._tp_span
+    if span is None:
+        span = tensor._tp_span = span_of(tensor)
+    address, size_bytes = span
+    if held_bytes + size_bytes > backing.hold_bytes_max:
+        _throw_if_closed(backing)
+        return held_bytes
+    if size_bytes == 0:
+        return held_bytes
+    set_id = backing.core.hold(address, size_bytes)
+    if set_id >= 0:
+        held.append((backing.core, set_id))
+    return held_bytes + size_bytes
+
+
+def hold_arguments(values: Any, held: list[tuple[Core, int]], held_bytes: int) -> int:
+    """Make every paged tensor among arguments resident, those in lists too, and note what to release in `held`.
+
+    Returns held_bytes plus what they add. An exception leaves what is held so far in `held`.
+    """
+    for value in values:
+        kind = type(value)
+        if kind is PagedTensor:
+            held_bytes = _hold(value, held, held_bytes)
+        elif kind is list or kind is tuple:
+            held_bytes = hold_arguments(value, held, held_bytes)
+    return held_bytes
+
+
+def release_all(held: list[tuple[Core, int]]) -> None:
+    """Undo hold_arguments."""
+    for core, set_id in held:
+        core.release(set_id)
+
+
+def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    held: list[tuple[Core, int]] = []
+    try:
+        held_bytes = hold_arguments(args, held, 0)
+        if kwargs:
+            hold_arguments(kwargs.values(), held, held_bytes)
+        with _NoGuard():
+            result = func(*args, **kwargs)
+    finally:
+        if held:
+            release_all(held)
+    kind = type(result)
+    if kind is torch.Tensor or kind is tuple or kind is list:
+        return _keep_views_paged(result, args)
+    return result
+
+
+def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args: Arguments, kwargs: Keywords) -> Any:
+    """Another tensor subclass takes part: hold ours, hand over plain aliases, and let the other one's rules decide."""
+    if all(issubclass(kind, PagedTensor) for kind in types):
+        return _guarded(func, args, kwargs)
+    held: list[tuple[Core, int]] = []
+    try:
+        held_bytes = hold_arguments(args, held, 0)
+        hold_arguments(kwargs.values(), held, held_bytes)
+        return func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
+    finally:
+        release_all(held)
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind is PagedTensor:
+        with _NoGuard():
+            return value.as_subclass(torch.Tensor)
+    if kind is list or kind is tuple:
+        return kind(_plain(item) for item in value)
+    return value
+
+
+def _keep_views_paged(result: Any, args: Arguments) -> Any:
+    """`result`, with plain tensors over the address space of a paged argument turned into paged ones."""
+    kind = type(result)
+    if kind is torch.Tensor:
+        return _paged_if_view(result, args)
+    if kind is tuple or kind is list:
+        return kind(_keep_views_paged(item, args) for item in result)
+    if isinstance(result, tuple) and hasattr(result, "n_fields"):  # torch.return_types: made from one sequence
+        return kind([_keep_views_paged(item, args) for item in result])
+    return result
+
+
+def _paged_if_view(result: torch.Tensor, args: Any) -> torch.Tensor:
+    backing = _first_backing(args)
+    if backing is None:
+        return result
+    try:
+        address = result.data_ptr()
+    except RuntimeError:  # no storage: sparse, or a wrapper of torch.func
+        return result
+    if not backing.core.contains(address):
+        return result
+    paged: PagedTensor = result.as_subclass(PagedTensor)
+    paged._tp_backing = backing
+    return paged
+
+
+def _first_backing(values: Any) -> Backing | None:
+    for value in values:
+        kind = type(value)
+        if kind is PagedTensor:
+            backing: Backing | None = value._tp_backing
+            return backing
+        if kind is list or kind is tuple:
+            backing = _first_backing(value)
+            if backing is not None:
+                return backing
+    return None
+
+
+def _throw_if_closed(backing: Backing | None) -> None:
+    if backing is not None and backing.core.closed:
+        raise ClosedError(
+            f"'{backing.name}' was used after Pager.close(): its bytes are gone from memory. "
+            "Load the model again, or close the pager later"
+        )
+
+
+# -- handlers of functions that need something else than _guarded --------------------------------------------------------
+
+
+def _pass_through(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    with _NoGuard():
+        return func(*args, **kwargs)
+
+
+def _view(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    with _NoGuard():
+        result = func(*args, **kwargs)
+    return _keep_views_paged(result, args)
+
+
+def _is_contiguous(args: Arguments, kwargs: Keywords) -> bool:
+    with _NoGuard():
+        return isinstance(args[0], torch.Tensor) and args[0].is_contiguous() and "memory_format" not in kwargs
+
+
+def _view_if_contiguous(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return _view(func, args, kwargs) if _is_contiguous(args, kwargs) else _guarded(func, args, kwargs)
+
+
+def _is_basic_index(index: object) -> bool:
+    parts = index if type(index) is tuple else (index,)
+    return all(part is None or part is Ellipsis or type(part) is int or type(part) is slice for part in parts)
+
+
+def _get_item(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return _view(func, args, kwargs) if _is_basic_index(args[1]) else _guarded(func, args, kwargs)
+
+
+def _conversion(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
+    """What a conversion does with its tensor: "keep" it, "describe" it without reading, or "copy" it."""
+    tensor = args[0]
+    if type(tensor) is not PagedTensor or "memory_format" in kwargs:
+        return "copy"
+    with _NoGuard():
+        probe = torch.empty(0, dtype=tensor.dtype)
+        converted = func(probe, *args[1:], **kwargs)
+    if converted is probe:
+        return "keep"
+    described = not isinstance(converted, torch.Tensor) or converted.device.type == "meta"  # .type(); .to("meta")
+    return "describe" if described else "copy"
+
+
+def _convert(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    what = _conversion(func, args, kwargs)
+    if what == "keep":
+        return args[0]
+    return _pass_through(func, args, kwargs) if what == "describe" else _guarded(func, args, kwargs)
+
+
+def _address(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    """Raw memory: it traps while it is absent, which is right but for system calls; after close() it must not be had."""
+    tensor = args[0]
+    _throw_if_closed(tensor._tp_backing)
+    if func is torch.Tensor.data_ptr:
+        copy = _copy_for_safetensors(tensor)
+        if copy is not None:
+            return copy.data_ptr()
+    return _pass_through(func, args, kwargs)
+
+
+def _copy_for_safetensors(tensor: PagedTensor) -> torch.Tensor | None:
+    """An ordinary copy when safetensors' `save_file` is the caller, kept alive for as long as it needs; else None.
+
+    It writes from `data_ptr()` with write(2), which fails on absent memory, and it has no other hook for tensors whose
+    bytes are elsewhere than `tensor.to("cpu")` for other devices. Its writer keeps what it writes from in a list.
+    """
+    frame = sys._getframe(3)  # _copy_for_safetensors < _address < __torch_function__ < caller
+    if frame.f_code.co_name != "_to_ndarray" or frame.f_globals.get("__name__") != "safetensors.torch":
+        return None
+    copy = ordinary_copy(tensor).detach()
+    writer = frame.f_back
+    keep_alive = writer.f_locals.get("keep_alive_buffer") if writer is not None else None
+    if not isinstance(keep_alive, list):
+        raise PagedTensorError(
+            "this version of safetensors keeps the tensors it writes in another place than versions 0.3 to 0.8 do; "
+            "save copies instead: {name: tensor.clone() for name, tensor in model.state_dict().items()}"
+        )
+    keep_alive.append(copy)
+    return copy
+
+
+def _set_data(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    """`p.data = value`: nothing to do for itself, refused for memory outside, which no page-in would ever reach."""
+    tensor, value = args
+    if value is tensor:
+        return None
+    if type(tensor) is PagedTensor:
+        _refuse_replacement(tensor, value)
+        tensor._tp_span = None
+    return _pass_through(func, args, kwargs)
+
+
+def _may_replace(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    """Module._apply asks whether a converted parameter can be put in place: the moment to refuse a conversion."""
+    tensor, value = args[0], args[1]
+    if type(tensor) is PagedTensor and value is not tensor:
+        _refuse_replacement(tensor, value)
+    return _pass_through(func, args, kwargs)
+
+
+def _refuse_replacement(tensor: PagedTensor, value: torch.Tensor) -> None:
+    backing = tensor._tp_backing
+    with _NoGuard():
+        stays = backing is None or (value.device == tensor.device and backing.core.contains(value.data_ptr()))
+        if stays or value.numel() == 0:
+            return
+        assert backing is not None
+        raise PagedTensorError(
+            f"'{backing.name}' is paged at a permanent address as {tensor.dtype} on {tensor.device}; it can't be replaced by a "
+            f"tensor of {value.dtype} on {value.device}. To change dtype or device, give dtype= to from_pretrained(), or "
+            "convert the model before page(), or close the pager and load the model again. To change values, use "
+            "p.data.copy_(values)"
+        )
+
+
+def _refuse_move(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    tensor = args[0]
+    if type(tensor) is not PagedTensor or tensor._tp_backing is None:
+        return _guarded(func, args, kwargs)
+    name = getattr(func, "__name__", "this operation")
+    raise PagedTensorError(
+        f"'{tensor._tp_backing.name}': {name}() would give the tensor other memory, but a paged tensor has one address for "
+        "life. Work on a copy (.clone()); worker processes can load the model on their own"
+    )
+
+
+def _to_numpy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    tensor = args[0]
+    with _NoGuard():
+        forced = bool(kwargs.get("force", False))
+        if tensor.requires_grad and not forced:
+            return func(*args, **kwargs)  # raises what it raises for every tensor
+    array = func(ordinary_copy(tensor).detach(), *args[1:], **kwargs)
+    array.flags.writeable = False  # a copy: what is written to it would be lost
+    return array
+
+
+def _to_dlpack(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    with _NoGuard():
+        if args[0].requires_grad:
+            return func(*args, **kwargs)  # raises what it raises for every tensor
+    return func(ordinary_copy(args[0]), *args[1:], **kwargs)
+
+
+def _deepcopy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    tensor, memo = args
+    if id(tensor) in memo:
+        return memo[id(tensor)]
+    with _NoGuard():
+        if not tensor.is_leaf:
+            return func(*args, **kwargs)  # raises what it raises for every tensor
+    copy = ordinary_copy(tensor)
+    memo[id(tensor)] = copy
+    return copy
+
+
+def _reduce(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return ordinary_copy(args[0]).__reduce_ex__(*args[1:], **kwargs)
+
+
+def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
+    """As for an ordinary tensor. Only the elements that are printed are touched, so a large tensor is not paged in."""
+    tensor = args[0]
+    prefix = "Parameter containing:\n" if getattr(tensor, "_is_param", False) else ""
+    with _NoGuard():
+        if tensor._tp_backing is not None and tensor._tp_backing.core.closed:
+            return f"{prefix}PagedTensor(closed, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
+        text: str = func(tensor.as_subclass(torch.Tensor), **kwargs)
+        return prefix + text
+
+
+def _known(handler: Handler, owner: object, names: str) -> dict[Callable[..., Any], Handler]:
+    return {getattr(owner, name): handler for name in names.split() if hasattr(owner, name)}
+
+
+def _make_handlers() -> dict[Callable[..., Any], Handler]:
+    handlers: dict[Callable[..., Any], Handler] = {}
+    for functions, handler in (
+        (op_rules.METADATA, _pass_through),
+        (op_rules.VIEWS, _view),
+        (op_rules.VIEWS_IF_CONTIGUOUS, _view_if_contiguous),
+        (op_rules.CONVERSIONS, _convert),
+        (op_rules.ADDRESSES, _address),
+    ):
+        handlers.update(dict.fromkeys(functions, handler))
+    handlers.update(_known(_get_item, torch.Tensor, "__getitem__"))
+    handlers.update(_known(_to_numpy, torch.Tensor, "numpy __array__"))
+    handlers.update(_known(_to_dlpack, torch.Tensor, "__dlpack__"))
+    handlers.update(_known(_deepcopy, torch.Tensor, "__deepcopy__"))
+    handlers.update(_known(_reduce, torch.Tensor, "__reduce_ex__"))
+    handlers.update(_known(_repr, torch.Tensor, "__repr__"))
+    handlers.update(_known(_refuse_move, torch.Tensor, "resize_ resize_as_ set_ share_memory_"))
+    handlers.update(_known(_may_replace, torch, "_has_compatible_shallow_copy_type"))
+    handlers[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+    return handlers
+
+
+_HANDLERS: dict[Callable[..., Any], Handler] = _make_handlers()
+
+
+def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> bool:
+    """Whether the guard would hold the paged arguments of a call resident. For the tracer."""
+    handler = _HANDLERS.get(func, _guarded)
+    if handler is _view_if_contiguous:
+        return not _is_contiguous(args, kwargs)
+    if handler is _get_item:
+        return not _is_basic_index(args[1])
+    if handler is _convert:
+        return _conversion(func, args, kwargs) == "copy"
+    return handler not in (_pass_through, _view, _address, _may_replace, _repr)

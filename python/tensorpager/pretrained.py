@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`from_pretrained()`: a transformers model whose weights stay in its safetensors files and are paged from there.
+
+transformers' own loader does what it knows best (renaming keys, base-model prefixes, tied weights, buffers that are in
+no file): it is given a state dict of paged tensors, one over each tensor of the mapped files, and assigns them without
+reading them. What it has to make anew (converted dtypes, experts fused into one tensor, weights the checkpoint lacks)
+is moved to spill the moment it is assigned, so at most one such tensor is in RAM beside the budget.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensorpager.checkpoint import Checkpoint, TensorEntry, aligned, open_checkpoint, torch_dtype_name, torch_shape
+from tensorpager.errors import CheckpointError, PagedTensorError
+from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy
+from tensorpager.pager import install, make_core
+from tensorpager.spill import SpillArena, tensor_at
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+    from tensorpager._core import Region
+
+__all__ = ["from_pretrained"]
+
+# These contradict paging in place, or would be ignored.
+_REFUSED = frozenset(
+    {"device_map", "device_mesh", "gguf_file", "max_memory", "offload_folder", "quantization_config", "state_dict", "tp_plan"}
+    | {"output_loading_info", "revision", "subfolder", "trust_remote_code", "use_safetensors", "weights_only"}
+)
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    budget: int | str = "1GiB",
+    *,
+    store: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    engine: str = "auto",
+    page_bytes: int = 0,
+    variant: str | None = None,
+    model_class: type[Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A transformers model in eval mode, with at most `budget` bytes of its weights in RAM; `model.pager` is its Pager.
+
+    directory: a local checkpoint with config.json and safetensors files (single or sharded). They are opened read-only
+    and must not change while the model lives. The model is built on the meta device and never materialised. budget,
+    store, engine, page_bytes: as for `page()`. dtype: as in transformers, "auto" by default, which is what the files
+    hold; weights in another dtype are converted into spill, on disk. variant: "fp16" for model.fp16.safetensors.
+    model_class: instead of the class that config.json names. Other keyword arguments go to the class's
+    `from_pretrained`, for instance attn_implementation="eager".
+
+    Raises CheckpointError for a file that breaks the format, PagedTensorError for an argument that contradicts paging
+    or a class transformers does not have, ImportError without transformers; BudgetError, IoError, EngineError,
+    MemoryMapError, ValueError as `page()` does.
+    """
+    refused = sorted(_REFUSED & kwargs.keys())
+    if refused:
+        raise PagedTensorError(
+            f"from_pretrained() can't take {', '.join(refused)}: weights are paged from local safetensors files on the CPU. "
+            "Load the model with transformers and use page() on it"
+        )
+    directory = os.fspath(directory)
+    checkpoint = open_checkpoint(directory, variant=variant)
+    config, kwargs = _load_config(directory, kwargs)
+    model_class = _model_class(config) if model_class is None else model_class
+    core = make_core(budget, store, engine, page_bytes)
+    try:
+        arena = SpillArena(core)
+        state_dict = _paged_state_dict(core, checkpoint, arena)
+        with _assigned_tensors_moved(arena), _loading_in_this_thread():
+            model = model_class.from_pretrained(
+                None, config=config, state_dict=state_dict, dtype="auto" if dtype is None else dtype, **kwargs
+            )
+        del state_dict
+        _finish(model, directory, arena)
+        model.pager = install(model, core, arena.size_bytes)
+    except BaseException:
+        core.close()
+        raise
+    return model
+
+
+def _load_config(directory: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig
+
+    if "config" in kwargs:
+        return kwargs["config"], {name: value for name, value in kwargs.items() if name != "config"}
+    config, unused = AutoConfig.from_pretrained(directory, return_unused_kwargs=True, local_files_only=True, **kwargs)
+    return config, unused
+
+
+def _model_class(config: Any) -> type[Any]:
+    import transformers
+
+    names = config.architectures or []
+    for name in names:
+        found: type[Any] | None = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    if names:
+        raise PagedTensorError(
+            f"transformers {transformers.__version__} has no model class {' or '.join(names)}, which config.json names; "
+            "use a version that has it, or give model_class="
+        )
+    for mapping, auto_class in (
+        (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+        (transformers.MODEL_MAPPING, transformers.AutoModel),
+    ):
+        if type(config) in mapping:
+            concrete: Any = mapping[type(config)]
+            assert auto_class is not None
+            return concrete[0] if isinstance(concrete, (tuple, list)) else concrete
+    raise PagedTensorError(f"config.json names no architecture, and {type(config).__name__} has none; give model_class=")
+
+
+# -- the state dict ------------------------------------------------------------------------------------------------------
+
+
+def _paged_state_dict(core: Core, checkpoint: Checkpoint, arena: SpillArena) -> dict[str, torch.Tensor]:
+    """A paged tensor over each tensor of the checkpoint, in file order. Reads only those that are misaligned."""
+    state_dict: dict[str, torch.Tensor] = {}
+    for file in checkpoint.files:
+        if not file.tensors:
+            continue
+        path = str(file.path)
+        region = core.map_file(path)
+        if region.size_bytes != file.size_bytes:
+            raise CheckpointError(
+                f"{path} had {file.size_bytes} bytes when its header was read and has {region.size_bytes} now: something is "
+                "still writing it. Wait for it to finish",
+                path=path,
+                rule="file_changed",
+            )
+        for entry in file.tensors.values():
+            if checkpoint.files[checkpoint.file_of[entry.name]] is file:
+                state_dict[entry.name] = _paged_entry(core, region, entry, path, arena)
+    return state_dict
+
+
+def _paged_entry(core: Core, region: Region, entry: TensorEntry, path: str, arena: SpillArena) -> torch.Tensor:
+    dtype = getattr(torch, torch_dtype_name(entry, path), None)
+    if dtype is None:
+        raise PagedTensorError(
+            f"{path}: tensor '{entry.name}' is of type {entry.dtype}, which this torch ({torch.__version__}) does not have"
+        )
+    shape = torch_shape(entry, path)
+    if entry.size_bytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    place = tensor_at(core, region.address + entry.offset_bytes, (entry.size_bytes,), (1,), torch.uint8)
+    if aligned(entry):
+        return make_paged(place.view(dtype).reshape(shape), Backing(core, entry.name))
+    raw = make_paged(place, Backing(core, entry.name))
+    copy = ordinary_copy(raw).view(dtype).reshape(shape)
+    return arena.move_in(copy, entry.name, parameter=False, requires_grad=False)
+
+
+# -- while transformers loads --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _assigned_tensors_moved(arena: SpillArena) -> Iterator[None]:
+    """While active, a parameter of ordinary memory that this thread assigns to a module is moved into spill.
+
+    The loader marks parameters it has set by an attribute, which moves with them.
+    """
+    thread_id = threading.get_ident()
+
+    def move(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        if threading.get_ident() != thread_id or type(parameter) is not torch.nn.Parameter:
+            return None
+        if parameter.device.type != "cpu" or parameter.numel() == 0 or parameter.layout is not torch.strided:
+            return None
+        full_name = f"{type(module).__name__}.{name}"
+        moved = arena.move_in(parameter, full_name, parameter=True, requires_grad=parameter.requires_grad)
+        moved.__dict__.update({key: value for key, value in vars(parameter).items() if key not in vars(moved)})
+        return moved  # type: ignore[return-value]
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+_loading_lock = threading.Lock()
+
+
+@contextmanager
+def _loading_in_this_thread() -> Iterator[None]:
+    """Make transformers convert tensors one after the other: its threads would have all converted ones in RAM at once."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    with _loading_lock:
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+def _finish(model: Any, directory: str, arena: SpillArena) -> None:
+    """Buffers become ordinary, leftover parameters paged, and what transformers keeps of the path is put back."""
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if isinstance(buffer, PagedTensor):
+                module._buffers[key] = ordinary_copy(buffer)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                raise PagedTensorError(
+                    f"'{name}.{key}' got no values: the checkpoint has none, and {type(model).__name__} does not make any"
+                )
+    model.config.name_or_path = directory
+    model.name_or_path = directory
+    if model.can_generate():
+        model.generation_config = _generation_config(directory)
+
+
+def _generation_config(directory: str) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except OSError:  # the file is optional; older checkpoints have it in config.json
+        return GenerationConfig.from_pretrained(
+            directory, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )

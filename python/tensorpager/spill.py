@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places for tensors that have no file of their own: packed into spill regions of the address space.
+
+Also the choice of the directory that spill files go to. A page that nobody has written takes neither disk nor memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+import torch
+
+from tensorpager.errors import IoError
+from tensorpager.paged_tensor import Backing, PagedTensor, make_paged
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+
+__all__ = ["SPILL_ALIGN_BYTES", "SpillArena", "aligned_size", "choose_directory", "copy_into", "dense_strides", "tensor_at"]
+
+#: Tensors start at multiples of this: what vector kernels and, later, device copies like best.
+SPILL_ALIGN_BYTES = 256
+_REGION_PAGES = 32
+_COPY_BYTES = 16 * 2**20
+_RAM_BACKED = frozenset({"tmpfs", "ramfs"})
+
+
+def aligned_size(size_bytes: int) -> int:
+    """size_bytes rounded up to a multiple of SPILL_ALIGN_BYTES."""
+    return (size_bytes + SPILL_ALIGN_BYTES - 1) // SPILL_ALIGN_BYTES * SPILL_ALIGN_BYTES
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides a copy of the tensor gets: its own when it has neither holes nor overlaps, else row-major."""
+    return tuple(torch.empty_like(tensor, device="meta").stride())
+
+
+def tensor_at(core: Core, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A plain tensor over the address space, with a storage of its own that ends with its last byte. Reads nothing."""
+    element_bytes = dtype.itemsize
+    count = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    flat: torch.Tensor = torch.from_dlpack(core.tensor(address, count * element_bytes)).view(dtype)
+    return flat.as_strided(shape, strides)
+
+
+def copy_into(core: Core, destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy values between plain tensors of equal shape and dtype, holding a few pages of the destination at a time.
+
+    The destination lies in the address space and is dense. Blocks on I/O when the budget is smaller than the tensor.
+    """
+    assert destination.shape == source.shape
+    assert destination.dtype == source.dtype
+    if source.stride() != destination.stride():
+        source = torch.empty_strided(destination.shape, destination.stride(), dtype=source.dtype).copy_(source)
+    count = destination.untyped_storage().nbytes() // destination.element_size()
+    target = destination.as_strided((count,), (1,), 0)
+    origin = source.as_strided((count,), (1,))
+    piece_bytes = max(core.page_bytes, min(_COPY_BYTES, core.pinnable_page_count * core.page_bytes // 2))
+    piece = piece_bytes // destination.element_size()
+    for start in range(0, count, piece):
+        part = target[start : start + piece]
+        set_id = core.hold(part.data_ptr(), part.numel() * part.element_size())
+        try:
+            part.copy_(origin[start : start + piece])
+        finally:
+            if set_id >= 0:
+                core.release(set_id)
+
+
+class SpillArena:
+    """Hands out places in spill regions, in order. Not for concurrent use."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._next_address = 0
+        self._end_address = 0
+        self.size_bytes = 0  # handed out
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make the next size_bytes of places lie in one region. MemoryMapError, ClosedError."""
+        region = self._core.map_spill(size_bytes)
+        self._next_address = region.address
+        self._end_address = region.address + size_bytes
+
+    def place(self, size_bytes: int) -> int:
+        """The address of a new place, aligned to SPILL_ALIGN_BYTES; zero until written."""
+        needed = aligned_size(size_bytes)
+        if needed > self._end_address - self._next_address:
+            self.reserve(max(needed, _REGION_PAGES * self._core.page_bytes))
+        address = self._next_address
+        self._next_address += needed
+        self.size_bytes += needed
+        return address
+
+    def move_in(self, source: torch.Tensor, name: str, *, parameter: bool, requires_grad: bool) -> PagedTensor:
+        """A paged tensor with the values of a plain one (strided, on the CPU, not empty). Blocks on I/O."""
+        strides = dense_strides(source)
+        address = self.place(source.numel() * source.element_size())
+        plain = tensor_at(self._core, address, tuple(source.shape), strides, source.dtype)
+        copy_into(self._core, plain, source.detach())
+        return make_paged(plain, Backing(self._core, name), parameter=parameter, requires_grad=requires_grad)
+
+
+def choose_directory(store: str | os.PathLike[str] | None) -> str:
+    """The directory for spill: `store`, else the first of $TMPDIR, /var/tmp and the working directory that is on a disk.
+
+    IoError when it can't be written to, or when none of the three is on a disk.
+    """
+    from tensorpager._core import probe_directory
+
+    if store is not None:
+        return probe_directory(os.fspath(store)).directory
+    candidates = [os.environ.get("TMPDIR", ""), "/var/tmp", os.getcwd(), tempfile.gettempdir()]
+    reasons = []
+    for directory in dict.fromkeys(path for path in candidates if path):
+        try:
+            facts = probe_directory(directory)
+        except IoError as error:
+            reasons.append(f"{directory}: {error}")
+            continue
+        if facts.file_system not in _RAM_BACKED:
+            return facts.directory
+        reasons.append(f"{directory} is in RAM ({facts.file_system})")
+    raise IoError(f"found no directory on a disk for modified pages ({'; '.join(reasons)}); name one with store=")

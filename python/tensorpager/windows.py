@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Module hooks that hold a module's parameters resident for the length of its call.
+
+A *window* belongs to a module that owns paged parameters and has no child that owns any: no window spans a whole model.
+Parameters of other modules are left to the guard, operation by operation (`paged_tensor.py`).
+
+[Note: abandoned calls]
+torch runs "always called" hooks when a forward raises an Exception, but not for KeyboardInterrupt and SystemExit. Each
+thread therefore lists its open calls together with the frame of `Module._call_impl` that runs them; a call whose frame is
+no longer on the stack when the thread enters its next one was abandoned, and its pages are released then.
+
+Hooks are copied and pickled as `inert_hook`: a copy of a paged model is an ordinary model.
+
+Threads: any number may run the same module; each keeps its own list. `Window.depth` is a hint that may be off by a
+concurrent change: too low costs a second hold, too high a trap.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+
+__all__ = ["EnterHook", "Hook", "LeaveHook", "Window", "calling_frame", "inert_hook", "is_on_stack"]
+
+_CALL_IMPL = torch.nn.Module._call_impl.__code__  # type: ignore[attr-defined]
+
+
+class Window:
+    """The pages of one module's own parameters. depth: how many calls of the module are open, over all threads."""
+
+    __slots__ = ("core", "depth", "name", "set_id")
+
+    def __init__(self, core: Core, set_id: int, name: str) -> None:
+        self.core = core
+        self.set_id = set_id
+        self.name = name
+        self.depth = 0
+
+    def release(self) -> None:
+        """Close one call."""
+        self.depth -= 1
+        self.core.release(self.set_id)
+
+
+class _OpenCalls(threading.local):
+    """The open windows of this thread, innermost last, each with the frame of its call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Window, FrameType]] = []
+
+
+_open = _OpenCalls()
+
+
+def inert_hook(*_: object) -> None:
+    """What hooks become in a copy of a paged model: nothing."""
+
+
+def _make_inert_hook() -> Callable[..., None]:
+    return inert_hook
+
+
+class Hook:
+    """Base of all hooks of this package. A copy, by any means, does nothing.
+
+    traced: the tracer's copy of a model keeps the hook itself.
+    """
+
+    __slots__ = ()
+    traced = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert_hook
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert_hook, ()
+
+
+class EnterHook(Hook):
+    """Forward pre-hook: waits until the window's pages are resident. Raises what the core's acquire raises."""
+
+    __slots__ = ("window",)
+    traced = True
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        calls = _open.calls
+        if calls:
+            _drop_abandoned(calls)
+        window = self.window
+        frame = sys._getframe(1)
+        if frame.f_code is not _CALL_IMPL and frame.f_back is not None:  # its inner function; inlined, it is speed
+            frame = frame.f_back
+        window.core.acquire(window.set_id)
+        window.depth += 1
+        calls.append((window, frame))
+
+
+class LeaveHook(Hook):
+    """Forward hook that is always called: releases what this very call acquired, if it did."""
+
+    __slots__ = ("window",)
+    traced = True
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
+        calls = _open.calls
+        frame = sys._getframe(1)
+        if frame.f_code is not _CALL_IMPL and frame.f_back is not None:
+            frame = frame.f_back
+        if calls and calls[-1][1] is frame:
+            calls.pop()[0].release()
+        elif any(call[1] is frame for call in calls):  # calls inside this one were abandoned and survived
+            while calls[-1][1] is not frame:
+                calls.pop()[0].release()
+            calls.pop()[0].release()
+
+
+def calling_frame(depth: int) -> FrameType:
+    """The frame that stands for the module call whose hook is `depth` frames up (1: the caller of this function)."""
+    frame = sys._getframe(depth + 1)
+    if frame.f_code is not _CALL_IMPL and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def is_on_stack(frame: FrameType) -> bool:
+    """Whether a frame is among the callers of this function."""
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None:
+        if caller is frame:
+            return True
+        caller = caller.f_back
+    return False
+
+
+def _drop_abandoned(calls: list[tuple[Window, FrameType]]) -> None:
+    """See [Note: abandoned calls]. Those still running are nested calls, and stay."""
+    while calls and not is_on_stack(calls[-1][1]):
+        calls.pop()[0].release()
