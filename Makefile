@@ -65,11 +65,13 @@ bench: $(STAMPS)/extra-test ## Measure, in interleaved rounds, and print ratios 
 
 .PHONY: lint
 lint: $(STAMPS)/extra-dev ## Check format, lint and types; change nothing
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
-	$(BIN)/mypy
-	@for script in .ci/*; do if head -1 "$$script" | grep -q bash; then bash -n "$$script"; fi; done
+	@failed=0; check() { echo "$$*" | cut -c -100; "$$@" || failed=1; }; \
+	check $(BIN)/ruff format --check .; \
+	check $(BIN)/ruff check .; \
+	check $(BIN)/clang-format --dry-run --Werror $(CPP_FILES); \
+	check $(BIN)/mypy; \
+	for script in .ci/run .ci/system-packages; do check bash -n $$script; done; \
+	exit $$failed
 
 .PHONY: format
 format: $(STAMPS)/extra-dev ## Format every Python and C++ file in place

@@ -15,7 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STUB = ROOT / "python" / "tensorpager" / "_core.pyi"
-HEAD = '# SPDX-License-Identifier: Apache-2.0\n# Generated from the extension: change csrc/bind, then run "make stubs".\n'
+HEAD = (
+    '# SPDX-License-Identifier: Apache-2.0\n# Generated from the extension: change csrc/bind, then run "make stubs".\n'
+)
 
 
 def generate() -> str:
