@@ -5,6 +5,7 @@
 #include <exception>
 #include <future>
 #include <limits>
+#include <utility>
 
 #include "base/check.hpp"
 
@@ -102,7 +103,7 @@ bool Executor::round() {
   }
   if (!open && transfers_->in_flight() == 0) return false;
   finished_.clear();
-  transfers_->poll(finished_, kUntilWoken);
+  transfers_->poll(finished_, std::exchange(decide_again_, false) ? std::chrono::nanoseconds(0) : kUntilWoken);
   for (FinishedTransfer& transfer : finished_) {
     try {
       finish(transfer);
@@ -197,6 +198,7 @@ Executor::Follow Executor::follow_action() {
   Tape& tape = *residency_.tape;
   if (tape.schedule().action_count() == 0) return Follow::idle;
   const Action action = tape.schedule().action(tape.next_action);
+  if (action.step > tape.position()) return Follow::idle;
   const PageEntry& entry = residency_.table.at(action.page_in);
   if (entry.state == PageState::copying_out || entry.state == PageState::writing) return Follow::blocked;
   const bool late = action.deadline < tape.position();
@@ -205,7 +207,6 @@ Executor::Follow Executor::follow_action() {
     ++tape.next_action;
     return Follow::next;
   }
-  if (action.step > tape.position()) return Follow::idle;
   if (!late && action.evict.valid() && pool_.free_count() == 0) {
     // Still in use, or asked for and on its way: it goes when it is released. (Absent already: any other will do.)
     const PageEntry& victim = residency_.table.at(action.evict);
@@ -388,6 +389,7 @@ void Executor::writeback_failed(PageId page, FrameId frame, const Error& error) 
     --writebacks_in_flight_;
     ++residency_.counts.failures;
     spill_error_ = error;
+    decide_again_ = true;  // who waits for this frame must look for another
   }
   space_.map(pool_, frame, page);
   space_.allow_write(page);

@@ -108,6 +108,7 @@ class Executor {
   std::vector<CopyCompletion> copied_;
   std::size_t writebacks_in_flight_ = 0;
   std::size_t prefetch_transfers_max_ = 1;
+  bool decide_again_ = false;  // carrying out changed what was decided: don't wait
   std::atomic<std::uint64_t> spill_bytes_{0};
   std::unique_ptr<std::thread> thread_;
 };

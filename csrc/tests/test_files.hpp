@@ -18,11 +18,11 @@ inline std::uint64_t pattern(std::uint64_t word, std::uint64_t salt = 0) { retur
 
 class PatternFile {
  public:
-  explicit PatternFile(std::uint64_t size_bytes, std::uint64_t salt = 0) : size_bytes_(size_bytes) {
-    char name[] = "/var/tmp/tensorpager-test-XXXXXX";
-    const int descriptor = mkstemp(name);
-    if (descriptor < 0) throw std::runtime_error("mkstemp");
-    path_ = name;
+  explicit PatternFile(std::uint64_t size_bytes, std::uint64_t salt = 0, const std::string& directory = "/var/tmp")
+      : size_bytes_(size_bytes) {
+    path_ = directory + "/tensorpager-test-XXXXXX";
+    const int descriptor = mkstemp(path_.data());
+    if (descriptor < 0) throw std::runtime_error("mkstemp in " + directory);
     std::vector<std::uint64_t> words((size_bytes + 7) / 8);
     for (std::size_t i = 0; i < words.size(); ++i) words[i] = pattern(i, salt);
     const auto* bytes = reinterpret_cast<const char*>(words.data());

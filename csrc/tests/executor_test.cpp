@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// The executor against a shadow model: whatever the schedule says and whatever the clients do, every access sees its own bytes, no event
+// takes more than the budget, and nothing in use leaves. Files and spill lie in memory (/dev/shm), so that the test is bound by decisions.
+#include "pager/executor.hpp"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "pager/pager.hpp"
+#include "test_files.hpp"
+
+namespace tp {
+namespace {
+
+using test::pattern;
+using test::PatternFile;
+
+constexpr std::size_t kPage = kPageBytesMin;
+constexpr std::size_t kWordsPerPage = kPage / 8;
+constexpr char kMemoryDirectory[] = "/dev/shm";
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr int kPagers = 20;
+#else
+constexpr int kPagers = 100;
+#endif
+constexpr int kSchedulesPerPager = 10;
+
+using Random = std::mt19937_64;
+std::size_t below(Random& random, std::size_t end) { return random() % end; }
+
+// Follows the events of a run and checks at each that the budget holds and that the order of a page's life is kept.
+class Replay {
+ public:
+  explicit Replay(std::size_t frame_count) : frame_count_(frame_count) {}
+  void check(const std::vector<Event>& events) {
+    for (const Event& event : events) {
+      switch (event.kind) {
+        case EventKind::page_in_begin:
+          ASSERT_TRUE(in_use_.emplace(event.frame, event.page).second) << "frame " << event.frame << " taken twice";
+          ASSERT_FALSE(resident_.contains(event.page)) << "page " << event.page << " read while resident";
+          ASSERT_LE(in_use_.size(), frame_count_);
+          break;
+        case EventKind::page_in_end: resident_.insert(event.page); break;
+        case EventKind::evict:
+        case EventKind::writeback_end:
+          ASSERT_EQ(resident_.erase(event.page), 1u) << "page " << event.page << " evicted while absent";
+          ASSERT_EQ(in_use_.erase(event.frame), 1u);
+          ++evictions;
+          break;
+        default: break;
+      }
+    }
+  }
+  std::size_t evictions = 0;
+
+ private:
+  std::size_t frame_count_;
+  std::map<std::int32_t, std::int32_t> in_use_;  // frame -> page
+  std::set<std::int32_t> resident_;
+};
+
+// A pager, a file and a spill region, with what every page must show.
+class Shadow {
+ public:
+  Shadow(Random& random, std::size_t frames)
+      : file_((10 + below(random, 30)) * kPage, 3, kMemoryDirectory), pager_(options(frames)) {
+    region_ = pager_.map_file(file_.path());
+    spill_ = pager_.map_spill((1 + below(random, 10)) * kPage);
+    pages_ = region_.pages.count + spill_.pages.count;
+    const std::size_t sets = 3 + below(random, 12);
+    for (std::size_t i = 0; i < sets; ++i) add_random_set(random, frames);
+  }
+  static PagerOptions options(std::size_t frames) {
+    PagerOptions result;
+    result.budget_bytes = frames * kPage;
+    result.engine = "pread";
+    result.spill_directory = kMemoryDirectory;
+    result.event_capacity = 1 << 20;
+    return result;
+  }
+  std::byte* address(std::size_t page) const {
+    return page < region_.pages.count ? region_.address + page * kPage : spill_.address + (page - region_.pages.count) * kPage;
+  }
+  std::uint64_t* words(std::size_t page) const { return reinterpret_cast<std::uint64_t*>(address(page)); }
+  void check_page(std::size_t page) const {
+    const bool from_file = page < region_.pages.count;
+    for (const std::size_t word : {std::size_t{1}, kWordsPerPage / 2, kWordsPerPage - 1}) {
+      ASSERT_EQ(words(page)[word], from_file ? pattern(page * kWordsPerPage + word, 3) : 0u) << "page " << page;
+    }
+    const auto written = written_.find(page);
+    const std::uint64_t first = written != written_.end() ? written->second : from_file ? pattern(page * kWordsPerPage, 3) : 0u;
+    ASSERT_EQ(words(page)[0], first) << "page " << page;
+  }
+  void write_page(std::size_t page, std::uint64_t value) {
+    words(page)[0] = value;
+    written_[page] = value;
+  }
+  void set_random_schedule(Random& random);
+  void acquire_and_check(Random& random, std::size_t set, AcquireKind kind);
+
+  PatternFile file_;
+  Pager pager_;
+  Region region_, spill_;
+  std::size_t pages_ = 0;
+  std::vector<SetId> sets_;
+  std::vector<std::vector<std::size_t>> set_pages_;
+  std::vector<std::int32_t> step_set_;
+  std::map<std::size_t, std::uint64_t> written_;
+
+ private:
+  void add_random_set(Random& random, std::size_t frames) {
+    std::vector<AddressRange> ranges;
+    std::set<std::size_t> pages;
+    const std::size_t count = 1 + below(random, std::min<std::size_t>(4, (frames - kFaultFrames) / 2));
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t page = below(random, pages_);
+      pages.insert(page);
+      ranges.push_back({address(page) + 8, kPage - 8});
+    }
+    sets_.push_back(pager_.add_set(ranges, "set " + std::to_string(sets_.size())));
+    set_pages_.emplace_back(pages.begin(), pages.end());
+  }
+};
+
+// Any arrays that pass the checks: a schedule may be useless, never wrong.
+void Shadow::set_random_schedule(Random& random) {
+  const std::size_t steps = 1 + below(random, 20), actions = below(random, 30);
+  std::vector<std::int32_t> initial, step, deadline, page_in, evict;
+  step_set_.clear();
+  for (std::size_t i = 0; i < steps; ++i) step_set_.push_back(static_cast<std::int32_t>(sets_[below(random, sets_.size())].value));
+  for (std::size_t i = 0; i < below(random, pager_.frame_count() + 1); ++i) initial.push_back(static_cast<std::int32_t>(below(random, pages_)));
+  for (std::size_t i = 0; i < actions; ++i) {
+    step.push_back(static_cast<std::int32_t>(below(random, steps + 1)));
+    deadline.push_back(static_cast<std::int32_t>(below(random, 2 * steps)));
+    page_in.push_back(static_cast<std::int32_t>(below(random, pages_)));
+    evict.push_back(static_cast<std::int32_t>(below(random, pages_ + 1)) - 1);
+  }
+  std::sort(step.begin(), step.end());
+  std::sort(deadline.begin(), deadline.end());
+  for (std::size_t i = 0; i < actions; ++i) step[i] = std::min(step[i], deadline[i]);
+  pager_.set_schedule({step_set_, initial, step, deadline, page_in, evict});
+}
+
+void Shadow::acquire_and_check(Random& random, std::size_t set, AcquireKind kind) {
+  if (kind == AcquireKind::step) {
+    pager_.acquire(sets_[set], {});
+  } else {
+    const std::size_t page = set_pages_[set][0];
+    const std::optional<SetId> held = pager_.hold({address(page), kPage}, {});
+    ASSERT_TRUE(held.has_value());
+    check_page(page);
+    return pager_.release(*held);
+  }
+  for (const std::size_t page : set_pages_[set]) check_page(page);
+  if (below(random, 8) == 0) write_page(set_pages_[set][0], random());
+  pager_.release(sets_[set]);
+}
+
+TEST(Executor, a_thousand_random_schedules_show_the_right_bytes_within_the_budget) {
+  std::size_t evictions = 0;
+  for (int pager_number = 0; pager_number < kPagers; ++pager_number) {
+    Random random(1000 + static_cast<std::uint64_t>(pager_number));
+    SCOPED_TRACE("seed " + std::to_string(1000 + pager_number));
+    const std::size_t frames = 2 * kFaultFrames + below(random, 12);
+    Shadow shadow(random, frames);
+    Replay replay(frames);
+    for (int schedule = 0; schedule < kSchedulesPerPager; ++schedule) {
+      shadow.set_random_schedule(random);
+      for (int i = 0; i < 30; ++i) {
+        const std::size_t choice = below(random, 10);
+        std::size_t set = below(random, shadow.sets_.size());
+        if (choice == 0) shadow.pager_.begin_pass();
+        if (choice == 1) {  // a raw touch, no acquire
+          const std::size_t page = below(random, shadow.pages_);
+          ASSERT_NO_FATAL_FAILURE(shadow.check_page(page));
+          if (below(random, 3) == 0) shadow.write_page(page, random());
+        }
+        const AcquireKind kind = choice == 2 ? AcquireKind::stray : AcquireKind::step;
+        ASSERT_NO_FATAL_FAILURE(shadow.acquire_and_check(random, set, kind));
+      }
+    }
+    EXPECT_EQ(shadow.pager_.residency().pinned_pages(), 0u);
+    EXPECT_LE(shadow.pager_.bytes_in_use_max(), frames * kPage);
+    ASSERT_EQ(shadow.pager_.residency().events_overwritten(), 0u);
+    ASSERT_NO_FATAL_FAILURE(replay.check(shadow.pager_.residency().events()));
+    evictions += replay.evictions;
+  }
+  EXPECT_GT(evictions, static_cast<std::size_t>(kPagers) * 20);  // the runs were tight enough to mean something
+}
+
+TEST(Executor, many_threads_with_sets_and_raw_touches_see_the_right_bytes) {
+  Random random(7);
+  const PatternFile file(48 * kPage, 5, kMemoryDirectory);
+  Pager pager(Shadow::options(24));
+  const Region region = pager.map_file(file.path());
+  const auto* words = reinterpret_cast<const std::uint64_t*>(region.address);
+  std::atomic<std::size_t> wrong{0};
+  std::vector<std::thread> threads;
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      Random mine(seed);
+      for (int i = 0; i < 150; ++i) {
+        const std::size_t page = below(mine, 46);
+        if (i % 3 == 0) {
+          wrong += words[page * kWordsPerPage + 9] != pattern(page * kWordsPerPage + 9, 5);
+          continue;
+        }
+        const SetId set = pager.add_set({{region.address + page * kPage, 3 * kPage}}, "three");
+        pager.acquire(set, {});
+        for (std::size_t p = page; p < page + 3; ++p) wrong += words[p * kWordsPerPage + 9] != pattern(p * kWordsPerPage + 9, 5);
+        pager.release(set);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0u);
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  EXPECT_EQ(pager.bytes_in_use_max(), 24 * kPage);
+}
+
+// A cyclic pass over 20 pages in 10 steps with 10 frames: six pages stay, fourteen stream, and each action's victim is free in time.
+TEST(Executor, follows_a_cyclic_schedule_without_a_fault_and_with_the_planned_bytes) {
+  const PatternFile file(20 * kPage, 4, kMemoryDirectory);
+  Pager pager(Shadow::options(10));
+  const Region region = pager.map_file(file.path());
+  std::vector<std::int32_t> step_set, initial, page_in, evict, step, deadline;
+  for (std::size_t i = 0; i < 10; ++i) {
+    step_set.push_back(static_cast<std::int32_t>(pager.add_set({{region.address + 2 * i * kPage, 2 * kPage}}, "step").value));
+  }
+  for (std::int32_t page = 0; page < 10; ++page) initial.push_back(page);
+  for (std::int32_t i = 0; i < 14; ++i) {
+    const std::int32_t in = i < 10 ? 10 + i : i - 4, out = 6 + i;
+    page_in.push_back(in);
+    evict.push_back(out);
+    step.push_back(out / 2 + 1);
+    deadline.push_back(i < 10 ? in / 2 : 10 + in / 2);
+  }
+  pager.set_schedule({step_set, initial, step, deadline, page_in, evict});
+  constexpr int kPasses = 50;
+  const auto* words = reinterpret_cast<const std::uint64_t*>(region.address);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    pager.begin_pass();
+    for (std::size_t i = 0; i < 10; ++i) {
+      const SetId set{static_cast<std::uint32_t>(step_set[i])};
+      pager.acquire(set, {});
+      ASSERT_EQ(words[2 * i * kWordsPerPage + 1], pattern(2 * i * kWordsPerPage + 1, 4));
+      pager.release(set);
+    }
+  }
+  const Counters counts = pager.residency().counters();
+  EXPECT_EQ(counts.faults, 0u);
+  // Ten at the start, fourteen a pass; the last pass may or may not have begun to read for the next one.
+  EXPECT_GE(counts.page_ins, 10u + 14 * kPasses - 4);
+  EXPECT_LE(counts.page_ins, 10u + 14 * kPasses);
+  EXPECT_EQ(counts.passes, static_cast<std::uint64_t>(kPasses));
+}
+
+}  // namespace
+}  // namespace tp

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pager over real files, once per engine: residency, budget, sets, recording, spill, fork, close.
+#include "pager/pager.hpp"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <thread>
+
+#include "base/error.hpp"
+#include "io/probe.hpp"
+#include "test_files.hpp"
+
+namespace tp {
+namespace {
+
+using test::pattern;
+using test::PatternFile;
+
+constexpr std::size_t kPage = kPageBytesMin;
+constexpr std::size_t kWordsPerPage = kPage / 8;
+
+const std::uint64_t* words(const Region& region) { return reinterpret_cast<const std::uint64_t*>(region.address); }
+std::uint64_t* writable_words(const Region& region) { return reinterpret_cast<std::uint64_t*>(region.address); }
+
+template <class Call>
+Error error_of(Call&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error;
+  }
+  return Error(ErrorKind::invalid, "nothing was thrown");
+}
+
+class PagerTest : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    for (const EngineCandidate& candidate : probe_engines()) {
+      if (candidate.engine == GetParam() && !candidate.usable) GTEST_SKIP() << candidate.reason;
+    }
+  }
+  PagerOptions options(std::size_t frames) const {
+    PagerOptions result;
+    result.budget_bytes = frames * kPage;
+    result.engine = GetParam();
+    result.spill_directory = "/var/tmp";
+    return result;
+  }
+};
+
+TEST_P(PagerTest, acquired_pages_show_the_file_whatever_its_size) {
+  const PatternFile file(5 * kPage + 1'000'003);
+  Pager pager(options(16));
+  const Region region = pager.map_file(file.path());
+  EXPECT_EQ(region.size_bytes, file.size_bytes());
+  EXPECT_EQ(region.pages.count, 6u);
+  const SetId all = pager.add_set({{region.address, region.size_bytes}}, "all");
+  pager.acquire(all, {});
+  for (std::size_t i = 0; i < region.size_bytes / 8; ++i) ASSERT_EQ(words(region)[i], pattern(i)) << i;
+  // What the file does not cover is zero, not what the frame held before.
+  EXPECT_EQ(region.address[6 * kPage - 1], std::byte{0});
+  pager.release(all);
+  const Counters counts = pager.residency().counters();
+  EXPECT_EQ(counts.page_ins, 6u);
+  EXPECT_EQ(counts.faults, 6u);
+  EXPECT_EQ(counts.page_accesses, 6u);
+  EXPECT_EQ(counts.page_accesses_resident, 0u);
+  EXPECT_EQ(pager.io_counters().bytes_read, file.size_bytes());
+}
+
+TEST_P(PagerTest, several_files_have_addresses_of_their_own) {
+  const PatternFile first(3 * kPage, 1), second(2 * kPage + 8, 2);
+  Pager pager(options(16));
+  const Region a = pager.map_file(first.path()), b = pager.map_file(second.path());
+  const SetId both = pager.add_set({{a.address, a.size_bytes}, {b.address, b.size_bytes}}, "both");
+  pager.acquire(both, {});
+  EXPECT_EQ(words(a)[17], pattern(17, 1));
+  EXPECT_EQ(words(b)[2 * kWordsPerPage], pattern(2 * kWordsPerPage, 2));
+  pager.release(both);
+}
+
+TEST_P(PagerTest, the_budget_is_a_bound_and_a_page_in_use_never_leaves) {
+  const PatternFile file(40 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId held = pager.add_set({{region.address, 2 * kPage}}, "held");
+  pager.acquire(held, {});
+  for (std::size_t page = 2; page < 40; ++page) {
+    const SetId one = pager.add_set({{region.address + page * kPage, kPage}}, "one");
+    pager.acquire(one, {});
+    ASSERT_EQ(words(region)[page * kWordsPerPage + 5], pattern(page * kWordsPerPage + 5));
+    pager.release(one);
+  }
+  pager.acquire(held, {});  // still there: nothing to read
+  EXPECT_EQ(pager.residency().counters().page_accesses_resident, 2u);
+  pager.release(held);
+  pager.release(held);
+  EXPECT_EQ(pager.residency().counters().page_ins, 40u);
+  EXPECT_EQ(pager.bytes_in_use_max(), 8 * kPage);
+}
+
+TEST_P(PagerTest, a_step_too_large_for_the_budget_is_named_with_what_it_needs) {
+  const PatternFile file(20 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId big = pager.add_set({{region.address, 5 * kPage}}, "model.layers.7.mlp");
+  const Error error = error_of([&] { pager.acquire(big, {}); });
+  EXPECT_EQ(error.kind(), ErrorKind::budget);
+  EXPECT_NE(std::string(error.what()).find("model.layers.7.mlp"), std::string::npos) << error.what();
+  EXPECT_NE(std::string(error.what()).find("give at least 18 MiB"), std::string::npos) << error.what();
+  const SetId fits = pager.add_set({{region.address, 4 * kPage}}, "fits");
+  pager.acquire(fits, {});  // nothing stayed pinned
+  pager.release(fits);
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+}
+
+TEST_P(PagerTest, equal_pages_are_one_set) {
+  const PatternFile file(4 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId a = pager.add_set({{region.address, 100}}, "a");
+  EXPECT_EQ(pager.add_set({{region.address + 200, 100}}, "b"), a);
+  EXPECT_EQ(pager.set(a).name, "a");
+  EXPECT_NE(pager.add_set({{region.address, kPage + 1}}, "c"), a);
+  EXPECT_EQ(error_of([&] { pager.add_set({{region.address - kPage, 8}}, "outside"); }).kind(), ErrorKind::invalid);
+  EXPECT_EQ(error_of([&] { pager.acquire(SetId{1000}, {}); }).kind(), ErrorKind::invalid);
+}
+
+TEST_P(PagerTest, a_raw_touch_brings_the_page_in) {
+  const PatternFile file(30 * kPage + 24);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  for (std::size_t i = 0; i < region.size_bytes / 8; ++i) ASSERT_EQ(words(region)[i], pattern(i)) << i;
+  const Counters counts = pager.residency().counters();
+  EXPECT_EQ(counts.touches, 31u);
+  EXPECT_EQ(counts.page_ins, 31u);
+}
+
+TEST_P(PagerTest, written_pages_survive_eviction_and_the_checkpoint_stays_as_it_was) {
+  const PatternFile file(20 * kPage);
+  {
+    Pager pager(options(8));
+    const Region region = pager.map_file(file.path());
+    for (std::size_t page = 0; page < 20; page += 2) writable_words(region)[page * kWordsPerPage + 3] = page;
+    for (int round = 0; round < 2; ++round) {
+      for (std::size_t i = 0; i < region.size_bytes / 8; i += 251) {
+        const bool changed = i % kWordsPerPage == 3 && i / kWordsPerPage % 2 == 0;
+        if (!changed) ASSERT_EQ(words(region)[i], pattern(i)) << i;
+      }
+      for (std::size_t page = 0; page < 20; page += 2) ASSERT_EQ(words(region)[page * kWordsPerPage + 3], page);
+    }
+    const Counters counts = pager.residency().counters();
+    EXPECT_GE(counts.writebacks, 2u);
+    EXPECT_LE(counts.writebacks, 10u);  // a page that was not written again is not written back again
+    EXPECT_EQ(pager.io_counters().bytes_written, counts.writebacks * kPage);
+  }
+  Pager pager(options(16));
+  const Region region = pager.map_file(file.path());
+  EXPECT_EQ(words(region)[3], pattern(3));
+}
+
+TEST_P(PagerTest, spill_regions_start_as_zeros_without_io_and_keep_what_is_written) {
+  Pager pager(options(8));
+  const Region region = pager.map_spill(24 * kPage - 100);
+  for (std::size_t i = 0; i < 24 * kWordsPerPage; i += 97) ASSERT_EQ(words(region)[i], 0u);
+  EXPECT_EQ(pager.io_counters().bytes_read, 0u);
+  for (std::size_t i = 0; i < 24 * kWordsPerPage; i += 97) writable_words(region)[i] = pattern(i);
+  for (std::size_t i = 0; i < 24 * kWordsPerPage; ++i) ASSERT_EQ(words(region)[i], i % 97 == 0 ? pattern(i) : 0);
+  EXPECT_GT(pager.io_counters().bytes_written, 0u);
+  EXPECT_EQ(pager.bytes_in_use_max(), 8 * kPage);
+}
+
+TEST_P(PagerTest, without_a_spill_directory_modified_pages_stay_and_the_error_says_so) {
+  PagerOptions no_spill = options(8);
+  no_spill.spill_directory.clear();
+  const PatternFile file(20 * kPage);
+  Pager pager(no_spill);
+  const Region region = pager.map_file(file.path());
+  for (std::size_t page = 0; page < 6; ++page) writable_words(region)[page * kWordsPerPage] = 7;
+  for (std::size_t page = 6; page < 20; ++page) {  // two frames are left for everything else
+    const SetId one = pager.add_set({{region.address + page * kPage, kPage}}, "one");
+    pager.acquire(one, {});
+    EXPECT_EQ(words(region)[page * kWordsPerPage], pattern(page * kWordsPerPage));
+    pager.release(one);
+  }
+  for (std::size_t page = 0; page < 6; ++page) EXPECT_EQ(words(region)[page * kWordsPerPage], 7u);
+  writable_words(region)[6 * kWordsPerPage] = 7;
+  writable_words(region)[7 * kWordsPerPage] = 7;
+  const SetId next = pager.add_set({{region.address + 10 * kPage, kPage}}, "next");
+  const Error error = error_of([&] { pager.acquire(next, {}); });
+  EXPECT_EQ(error.kind(), ErrorKind::io);
+  EXPECT_NE(std::string(error.what()).find("spill directory"), std::string::npos) << error.what();
+  EXPECT_EQ(words(region)[0], 7u);
+}
+
+TEST_P(PagerTest, hold_takes_any_range_and_declines_what_can_not_be_held) {
+  const PatternFile file(20 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const std::optional<SetId> held = pager.hold({region.address + kPage + 5, 2 * kPage}, {});
+  ASSERT_TRUE(held.has_value());
+  EXPECT_EQ(pager.set(*held).pages.size(), 3u);
+  EXPECT_EQ(pager.hold({region.address, 20 * kPage}, {}), std::nullopt);
+  pager.release(*held);
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  EXPECT_EQ(error_of([&] { pager.hold({region.address + 30 * kPage, 8}, {}); }).kind(), ErrorKind::invalid);
+}
+
+TEST_P(PagerTest, a_dry_recording_pages_nothing_and_a_wet_one_pages) {
+  const PatternFile file(4 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId a = pager.add_set({{region.address, kPage}}, "a"), b = pager.add_set({{region.address + kPage, kPage}}, "b");
+  const auto run = [&] {
+    pager.acquire(a, {});
+    pager.acquire(b, {});
+    pager.release(b);
+    pager.release(a);
+  };
+  const std::vector<std::int32_t> expected{1, 2, -2, -1};
+  pager.recorder().begin(true);
+  run();
+  EXPECT_EQ(pager.recorder().end(), expected);
+  EXPECT_EQ(pager.residency().counters().acquires, 0u);
+  pager.recorder().begin(false);
+  EXPECT_EQ(error_of([&] { pager.recorder().begin(true); }).kind(), ErrorKind::invalid);
+  std::thread other(run);  // another thread is not recorded
+  other.join();
+  run();
+  EXPECT_EQ(pager.recorder().end(), expected);
+  EXPECT_EQ(pager.residency().counters().acquires, 4u);
+  EXPECT_EQ(error_of([&] { pager.recorder().end(); }).kind(), ErrorKind::invalid);
+}
+
+TEST_P(PagerTest, an_interrupted_wait_leaves_nothing_acquired) {
+  struct Stop {};
+  const PatternFile file(40 * kPage);
+  Pager pager(options(16));
+  const Region region = pager.map_file(file.path());
+  std::size_t interrupted = 0;
+  for (std::uint32_t i = 0; i < 30; ++i) {
+    const SetId set = pager.add_set({{region.address + i * kPage, 10 * kPage}}, "set");
+    try {
+      pager.acquire(set, [] { throw Stop{}; });
+      pager.release(set);  // it was faster than the first look for signals
+    } catch (const Stop&) {
+      ++interrupted;
+    }
+    ASSERT_EQ(pager.residency().pinned_pages(), 0u);
+  }
+  const SetId set = pager.add_set({{region.address, 10 * kPage}}, "set");
+  pager.acquire(set, {});
+  EXPECT_EQ(words(region)[9 * kWordsPerPage], pattern(9 * kWordsPerPage));
+  pager.release(set);
+}
+
+TEST_P(PagerTest, a_file_that_shrinks_while_open_is_an_error_and_not_stale_bytes) {
+  const PatternFile file(10 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId head = pager.add_set({{region.address, kPage}}, "head"), tail = pager.add_set({{region.address + 9 * kPage, kPage}}, "tail");
+  ASSERT_EQ(truncate(file.path().c_str(), 9 * kPage + 4096), 0);
+  const Error error = error_of([&] { pager.acquire(tail, {}); });
+  EXPECT_EQ(error.kind(), ErrorKind::io);
+  EXPECT_NE(std::string(error.what()).find("truncated"), std::string::npos) << error.what();
+  EXPECT_NE(std::string(error.what()).find(file.path()), std::string::npos) << error.what();
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  pager.acquire(head, {});  // the rest still works
+  EXPECT_EQ(words(region)[1], pattern(1));
+  pager.release(head);
+  EXPECT_EQ(pager.residency().counters().failures, 1u);
+}
+
+TEST_P(PagerTest, a_child_of_fork_gets_an_error_and_the_parent_goes_on) {
+  const PatternFile file(20 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId set = pager.add_set({{region.address, 2 * kPage}}, "set");
+  for (int round = 0; round < 20; ++round) {
+    const pid_t child = fork();
+    if (child == 0) {
+      const bool refused = error_of([&] { pager.acquire(set, {}); }).kind() == ErrorKind::forked;
+      pager.close();
+      _exit(refused ? 42 : 1);
+    }
+    pager.acquire(set, {});
+    EXPECT_EQ(words(region)[kWordsPerPage], pattern(kWordsPerPage));
+    pager.release(set);
+    int status = 0;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_TRUE(WIFEXITED(status));
+    EXPECT_EQ(WEXITSTATUS(status), 42);
+  }
+}
+
+TEST_P(PagerTest, close_fails_those_who_wait_and_everything_after) {
+  const PatternFile file(60 * kPage);
+  for (int round = 0; round < 10; ++round) {
+    Pager pager(options(16));
+    const Region region = pager.map_file(file.path());
+    std::vector<std::thread> clients;
+    std::atomic<int> closed{0};
+    for (std::size_t client = 0; client < 3; ++client) {
+      clients.emplace_back([&, client] {
+        for (std::size_t i = 0;; ++i) {
+          const std::size_t page = (client * 20 + i) % 56;
+          try {
+            const SetId set = pager.add_set({{region.address + page * kPage, 4 * kPage}}, "set");
+            pager.acquire(set, {});
+            EXPECT_EQ(words(region)[page * kWordsPerPage], pattern(page * kWordsPerPage));
+            pager.release(set);
+          } catch (const Error& error) {
+            EXPECT_EQ(error.kind(), ErrorKind::closed) << error.what();
+            ++closed;
+            return;
+          }
+        }
+      });
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(round * 3));
+    // Nobody may be reading through a raw pointer when the memory goes: the clients are between acquire and release only.
+    pager.residency().set_schedule(nullptr);
+    std::thread closer([&] {
+      const std::lock_guard lock(pager.residency().mutex);
+      pager.residency().closing = true;
+    });
+    closer.join();
+    for (std::thread& client : clients) client.join();
+    pager.close();
+    EXPECT_EQ(closed, 3);
+    EXPECT_EQ(error_of([&] { pager.map_spill(8); }).kind(), ErrorKind::closed);
+    EXPECT_EQ(error_of([&] { pager.hold({region.address, 8}, {}); }).kind(), ErrorKind::closed);
+    pager.close();
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread"), [](const auto& info) { return std::string(info.param); });
+
+}  // namespace
+}  // namespace tp
