@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native core of tensorpager (draft of the contract; the final file is generated from the build)."""
 
 import numpy as np
