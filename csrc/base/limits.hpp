@@ -20,6 +20,8 @@ inline constexpr std::uint32_t kDirectAlignFallbackBytes = 4096;
 
 // One request to the kernel. 1 MiB x depth 8 measured best on the development drive (design.md).
 inline constexpr std::size_t kIoRequestBytesMax = 1 * kMiB;
+// One IoRequest: a page. Engines cut it into kernel requests where that helps.
+inline constexpr std::uint32_t kRequestBytesMax = 64 * kMiB;
 inline constexpr unsigned kIoDepthDefault = 16;
 inline constexpr unsigned kIoDepthMax = 1024;
 

@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // The IoQueue contract. Read this first; null_queue.cpp is the shortest engine and the template for a new one.
 //
-// Threads.    One thread, the owner, calls everything but wake(). wake() may be called from any thread and from a
-//             signal handler (it is one write to an eventfd), and makes the current or the next wait() return.
+// Threads.    One thread, the owner, calls everything but wake(). The first submit() or wait() makes its caller the owner;
+//             until then another thread may construct the queue, add files and register memory. The owner destroys the
+//             queue, or drains it and lets another thread do so. wake() may be called from any thread and from a signal
+//             handler (it is one write to an eventfd), and makes the current or the next wait() return. Wakes merge;
+//             none is lost, and drain() leaves them for wait().
 // Blocking.   submit() never blocks on I/O. wait() blocks until a completion, a wake() or the timeout. drain() blocks
 //             until nothing is in flight. Nothing else blocks.
 // Ownership.  Memory named in a request belongs to the queue from submit() until its completion has been returned by
-//             wait(): nobody reads, writes, moves or frees it. Disk I/O that has started can't be cancelled, so the
-//             destructor drains; memory must outlive the queue. File descriptors stay the caller's and must outlive it.
+//             wait(): nobody reads, writes or frees it. Disk I/O that has started can't be cancelled, so the destructor
+//             drains; memory must outlive the queue. File descriptors stay the caller's; one may be closed when no
+//             request will name it again (its FileId is never given to another).
+// Registered  Where facts().memory_registered holds, the kernel keeps the physical pages that stood behind registered
+// memory.     memory then: a request names the address that was registered even when the pages have been moved with
+//             mremap since, and no engine dereferences it. Otherwise the address must be mapped, readable and writable,
+//             while a request is in flight. A request lies wholly in registered memory or wholly outside.
 // Room.       At most depth() requests may be in flight; the caller counts (submitting more is an assertion).
 // Alignment.  Memory, offset and size of a request obey the file's alignment (File::align) when it was opened direct.
 // Finished.   A request completes once. Short transfers, EINTR and EAGAIN are finished inside the engine. A completion
@@ -41,7 +49,7 @@ struct IoRequest {
   FileId file;
   std::uint64_t offset_bytes = 0;
   std::byte* memory = nullptr;
-  std::uint32_t size_bytes = 0;  // 1 .. kIoRequestBytesMax * 64
+  std::uint32_t size_bytes = 0;  // 1 .. kRequestBytesMax
 };
 
 struct IoCompletion {
@@ -59,6 +67,8 @@ struct IoQueueOptions {
   // A single kernel transfer is cut to this; tests set 512 to see short transfers everywhere. 0 means no cap.
   std::uint32_t transfer_max_bytes = 0;
   RawResultFilter filter;
+  // For tests: the uring engine sets its ring up as on the oldest kernel it runs on.
+  bool plain_ring = false;
 };
 
 struct IoQueueFacts {
@@ -83,8 +93,9 @@ class IoQueue {
   virtual IoQueueFacts facts() const = 0;
   virtual IoQueueCounters counters() const noexcept = 0;  // any thread
 
-  // Before the first submit. direct_align_bytes is what the file asks of memory, offset and size (1 = buffered).
-  virtual FileId add_file(int descriptor, std::uint32_t direct_align_bytes) = 0;  // at any time, by the owner
+  // At any time. direct_align_bytes is what the file asks of memory, offset and size (1 = buffered).
+  virtual FileId add_file(int descriptor, std::uint32_t direct_align_bytes) = 0;
+  // Before the first submit() or wait(); several calls add up. Memory is touched in (the kernel faults it).
   virtual void register_memory(std::span<std::byte> memory) = 0;
 
   virtual void submit(std::span<const IoRequest> requests) = 0;

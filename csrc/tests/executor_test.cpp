@@ -171,7 +171,7 @@ TEST(Executor, a_thousand_random_schedules_show_the_right_bytes_within_the_budge
     Replay replay(frames);
     for (int schedule = 0; schedule < kSchedulesPerPager; ++schedule) {
       shadow.set_random_schedule(random);
-      for (int i = 0; i < 30; ++i) {
+      for (int i = 0; i < 12; ++i) {
         const std::size_t choice = below(random, 10);
         std::size_t set = below(random, shadow.sets_.size());
         if (choice == 0) shadow.pager_.begin_pass();

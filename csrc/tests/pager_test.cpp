@@ -147,7 +147,8 @@ TEST_P(PagerTest, written_pages_survive_eviction_and_the_checkpoint_stays_as_it_
     for (int round = 0; round < 2; ++round) {
       for (std::size_t i = 0; i < region.size_bytes / 8; i += 251) {
         const bool changed = i % kWordsPerPage == 3 && i / kWordsPerPage % 2 == 0;
-        if (!changed) ASSERT_EQ(words(region)[i], pattern(i)) << i;
+        if (changed) continue;
+        ASSERT_EQ(words(region)[i], pattern(i)) << i;
       }
       for (std::size_t page = 0; page < 20; page += 2) ASSERT_EQ(words(region)[page * kWordsPerPage + 3], page);
     }
@@ -336,7 +337,7 @@ TEST_P(PagerTest, close_fails_those_who_wait_and_everything_after) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread"), [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread"), [](const auto& engine) { return std::string(engine.param); });
 
 }  // namespace
 }  // namespace tp
