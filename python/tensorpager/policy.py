@@ -18,9 +18,11 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tensorpager.steps import Int64Array, Steps, UseClasses, use_classes
 
@@ -29,8 +31,9 @@ UNROLL_PASSES_MIN = 4
 UNROLL_PASSES_MAX = 32
 BOUND_GAPS_MAX = 12_000
 BOUND_ROUNDS_MAX = 64
-CUT_COUNT = 6
+CUT_COUNT = 8
 PRICE_TOLERANCE = 0.125
+SPARE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +102,7 @@ def keep_most(circle: Circle, room: Int64Array, hints: list[list[int]], *, quick
     cut = int(np.argmin(room))
     unrolled = _unroll(circle, room, cut, UNROLL_PASSES_MIN if quick else UNROLL_PASSES_MAX)
     tail = unrolled[len(unrolled) // 2 :]
-    candidates = [*tail[-4:], [sum(column) // len(tail) for column in zip(*tail, strict=True)], *hints]
+    candidates = [*tail[-8:], [sum(column) // len(tail) for column in zip(*tail, strict=True)], *hints]
     best: list[int] = []
     seen: set[tuple[int, ...]] = set()
     for candidate in candidates:
@@ -242,8 +245,17 @@ def _gap_costs(circle: Circle, prices: Prices) -> Int64Array:
     return costs
 
 
-def keep_evenly(circle: Circle, room: Int64Array, prices: Prices) -> list[int]:
-    """Nearly as much as keep_most, spread: gaps that are worth the same are kept to the same share of their pages.
+class EvenSplit(Enum):
+    """BY_SHARE keeps the same share of each; BY_PAGES drops the same number of pages of each, which keeps the most
+    when every page is used once a pass.
+    """
+
+    BY_SHARE = 0
+    BY_PAGES = 1
+
+
+def keep_evenly(circle: Circle, room: Int64Array, prices: Prices, split: EvenSplit) -> list[int]:
+    """About as much as keep_most, spread over gaps that are worth the same.
 
     Whole layers kept side by side free no frame while they compute, so nothing can be read meanwhile. By [Note: prices]
     a gap that costs less than it earns is kept whole, one that costs more not at all, and those about even share what
@@ -258,38 +270,55 @@ def keep_evenly(circle: Circle, room: Int64Array, prices: Prices) -> list[int]:
     cheap = [gap for gap in by_cost.tolist() if cost[gap] < 1 - PRICE_TOLERANCE]
     kept = fill_up(circle, room, kept, cheap)
     even = np.flatnonzero((cost >= 1 - PRICE_TOLERANCE) & (cost <= 1 + PRICE_TOLERANCE))
-    kept = _grow_alike(circle, room, kept, even)
+    kept = _grow_alike(circle, room, kept, even, split)
     return fill_up(circle, room, kept, by_cost.tolist())
 
 
-def _grow_alike(circle: Circle, room: Int64Array, kept: list[int], gaps: Int64Array) -> list[int]:
-    """Raise the share kept of all the given gaps together; a gap stops when a step of its interior is full."""
-    count = circle.step_count
+def _grow_alike(circle: Circle, room: Int64Array, kept: list[int], gaps: Int64Array, split: EvenSplit) -> list[int]:
+    """Lower the level of what is dropped of all the given gaps together, from all their pages towards none; a gap
+    stops when a step of its interior is full. The level is a share of the pages, or a number of pages.
+    """
     pages = np.array(circle.pages, np.float64)[gaps]
     first, last = np.array(circle.start)[gaps] + 1, np.array(circle.end)[gaps]
     spare = (room - occupancy(circle, kept)).astype(np.float64)
-    share = np.zeros(len(gaps))
+    from_level = np.ones(len(gaps)) if split is EvenSplit.BY_SHARE else pages
+    rate = pages / np.maximum(from_level, 1)
+    amount = np.zeros(len(gaps))
     growing = np.ones(len(gaps), bool)
-    while growing.any():
-        change = np.zeros(2 * count + 1)
-        np.add.at(change, first[growing], pages[growing])
-        np.subtract.at(change, last[growing], pages[growing])
-        line = np.cumsum(change)[: 2 * count]
-        load = line[:count] + line[count:]
-        loaded = load > PRICE_TOLERANCE
-        limit = float((spare[loaded] / load[loaded]).min()) if loaded.any() else 1.0
-        step = min(max(limit, 0.0), float(1 - share[growing].max()))
-        share[growing] += step
-        spare -= step * load
-        full = np.concatenate([[0], np.cumsum(np.tile(loaded & (spare < load * 1e-9 + 1e-6), 2))])
-        stops = growing & ((full[last] > full[first]) | (share >= 1 - 1e-12))
-        growing &= ~stops
-        if not stops.any():
-            break
+    level = float(from_level.max(initial=0))
+    while level > 0 and growing.any():
+        moving = growing & (from_level >= level)
+        load = _interior_sums(circle.step_count, first[moving], last[moving], rate[moving])
+        loaded = load > 0
+        reach = float((spare[loaded] / load[loaded]).min()) if loaded.any() else level
+        waiting = from_level[growing & (from_level < level)]
+        fall = max(0.0, min(reach, level - float(waiting.max(initial=0))))
+        amount[moving] += fall * rate[moving]
+        spare -= fall * load
+        full = np.concatenate([[0], np.cumsum(np.tile(loaded & (spare <= SPARE_TOLERANCE), 2))])
+        growing &= ~(moving & (full[last] > full[first]))
+        level = 0.0 if fall == level else level - fall
+        if len(waiting) and reach > fall:
+            level = float(waiting.max())
     result = list(kept)
-    for gap, amount in zip(gaps.tolist(), np.floor(share * pages + 1e-6).astype(np.int64).tolist(), strict=True):
-        result[gap] += min(amount, circle.pages[gap] - result[gap])
+    for gap, more in zip(gaps.tolist(), np.floor(amount + SPARE_TOLERANCE).astype(np.int64).tolist(), strict=True):
+        result[gap] += min(more, circle.pages[gap] - result[gap])
     return result
+
+
+def _interior_sums(
+    step_count: int, first: Int64Array, last: Int64Array, amount: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Sum of amount[i] over all i whose interior first[i]..last[i]-1 (mod step_count) holds the step, float64 [S].
+
+    Amounts that are whole numbers give exact sums.
+    """
+    change = np.zeros(2 * step_count + 1)
+    np.add.at(change, first, amount)
+    np.subtract.at(change, last, amount)
+    line = np.cumsum(change)[: 2 * step_count]
+    sums: npt.NDArray[np.float64] = line[:step_count] + line[step_count:]
+    return sums
 
 
 class Prices(NamedTuple):

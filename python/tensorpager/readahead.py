@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorpager.policy import Circle, Prices, fill_up, keep_evenly, keep_most, lru_kept, place_prices
+from tensorpager.policy import Circle, EvenSplit, Prices, fill_up, keep_evenly, keep_most, lru_kept, place_prices
 from tensorpager.steps import Int64Array, UseClasses
 
 READ_AHEAD_SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -51,7 +51,9 @@ def choose_kept(
     for share in shares:
         reserve = np.ceil(classes.own_pages * share).astype(np.int64)
         left = np.maximum(room - reserve, 0)
-        for inner in (keep_most(circle, left, [], quick=True), keep_evenly(circle, left, place_prices(circle, left))):
+        prices = place_prices(circle, left)
+        even = [keep_evenly(circle, left, prices, split) for split in EvenSplit]
+        for inner in (keep_most(circle, left, [], quick=True), *even):
             kept = keep_what_returns_at_once(classes, circle, _all_gaps(classes, circle, inner), frame_count)
             cost = _cost(classes, kept, frame_count, floors)
             if sum(kept) >= kept_least and cost < best_cost:
@@ -62,10 +64,10 @@ def choose_kept(
 def _keep_fewest_page_ins(
     classes: UseClasses, circle: Circle, room: Int64Array, prices: Prices, lru: list[int]
 ) -> list[int]:
-    evenly = keep_evenly(circle, room, prices)
-    most = keep_most(circle, room, [[lru[gap] for gap in circle.index], evenly])
+    even = [keep_evenly(circle, room, prices, split) for split in EvenSplit]
+    most = keep_most(circle, room, [[lru[gap] for gap in circle.index], *even])
     most = fill_up(circle, room, most, list(range(len(most))))
-    return _all_gaps(classes, circle, most if sum(most) > sum(evenly) else evenly)
+    return _all_gaps(classes, circle, max([*even, most], key=sum))
 
 
 def _all_gaps(classes: UseClasses, circle: Circle, inner: list[int]) -> list[int]:
@@ -105,24 +107,31 @@ def keep_what_returns_at_once(classes: UseClasses, circle: Circle, kept: list[in
 
 
 def _returning(classes: UseClasses, dropped: Int64Array, ahead: int) -> Int64Array:
-    """int64 [G]: at most how many pages of each gap are read back by an action not after their own eviction."""
-    count, total = classes.step_count, int(dropped.sum())
-    evict_order = np.lexsort((-classes.gap_end, classes.gap_start))
-    read_order = np.lexsort((classes.gap_class, classes.gap_end % count))
-    evict_last = np.zeros(len(dropped), np.int64)
-    read_first = np.zeros(len(dropped), np.int64)
-    evict_last[evict_order] = np.cumsum(dropped[evict_order]) - 1
-    read_first[read_order] = np.cumsum(dropped[read_order]) - dropped[read_order]
-    read_first += total * (classes.gap_end >= count)
-    return np.clip(evict_last - (read_first - ahead) + 1, 0, dropped)
+    """int64 [G]: at most how many pages of each gap are read back by an action not after their own eviction.
+
+    Whatever the order among evictions after one step and among page-ins for one step.
+    """
+    count = classes.step_count
+    evicted_by = np.cumsum(_per_step(classes.gap_start, dropped, count))
+    due = _per_step(classes.gap_end % count, dropped, count)
+    due_before = np.cumsum(due) - due
+    read_first = due_before[classes.gap_end % count] + int(dropped.sum()) * (classes.gap_end >= count)
+    soonest: Int64Array = np.clip(evicted_by[classes.gap_start] - (read_first - ahead), 0, dropped)
+    return soonest
+
+
+def _per_step(step: Int64Array, pages: Int64Array, step_count: int) -> Int64Array:
+    total = np.zeros(step_count, np.int64)
+    np.add.at(total, step, pages)
+    return total
 
 
 def pass_time(classes: UseClasses, kept: list[int], frame_count: int, compute_per_page: float) -> float:
     """Time of one steady pass when reading a page takes 1 and computing takes compute_per_page per page of the step."""
     count = classes.step_count
     dropped = classes.gap_pages - np.array(kept, np.int64)
-    evictable = np.bincount(classes.gap_start, dropped, count).tolist()
-    needed = np.bincount(classes.gap_end % count, dropped, count).tolist()
+    evictable = _per_step(classes.gap_start, dropped, count).tolist()
+    needed = _per_step(classes.gap_end % count, dropped, count).tolist()
     ahead = frames_ahead(classes, kept, frame_count)
     compute = (classes.own_pages * compute_per_page).tolist()
     now = start = 0.0
