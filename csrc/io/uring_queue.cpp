@@ -19,6 +19,7 @@
 //        is cut there, and the rest goes the way of any remainder.
 // Limits. A file is added to a table that has a place for each descriptor the process may open: a larger one would make
 //        liburing raise RLIMIT_NOFILE behind the program's back.
+#include <poll.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
