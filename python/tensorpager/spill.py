@@ -125,4 +125,4 @@ def choose_directory(store: str | os.PathLike[str] | None) -> str:
         if facts.file_system not in _RAM_BACKED:
             return facts.directory
         reasons.append(f"{directory} is in RAM ({facts.file_system})")
-    raise IoError(f"found no directory on a disk for modified pages ({'; '.join(reasons)}); name one with store=")
+    raise IoError(0, f"found no directory on a disk for modified pages ({'; '.join(reasons)}); name one with store=")
