@@ -95,7 +95,7 @@ def keep_most(circle: Circle, room: Int64Array, hints: list[list[int]], *, quick
     """Pages to keep of each gap of the circle, every pass the same, within room[t] >= 0 at every step.
 
     hints: further assignments worth trying (each within room). The result keeps at least as much as the best of them.
-    quick: look at fewer passes.
+    quick: look at fewer passes and leave it at the first result.
     """
     if not circle.index:
         return []
@@ -113,7 +113,7 @@ def keep_most(circle: Circle, room: Int64Array, hints: list[list[int]], *, quick
         solved = _solve_from(circle, room, cut, candidate)
         if sum(solved) > sum(best) or not best:
             best = solved
-    return _improve(circle, room, best)
+    return best if quick else _improve(circle, room, best)
 
 
 def _improve(circle: Circle, room: Int64Array, kept: list[int]) -> list[int]:

@@ -14,6 +14,8 @@ exact ratios.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from tensorpager.policy import Circle, EvenSplit, Prices, fill_up, keep_evenly, keep_most, lru_kept, place_prices
@@ -22,7 +24,8 @@ from tensorpager.steps import Int64Array, UseClasses
 READ_AHEAD_SHARES = (0.125, 0.25, 0.5, 1.0)
 COMPUTE_PER_PAGE = (0.125, 0.25, 0.5, 1.0)
 MODEL_PASSES = 4
-READ_AHEAD_PAGE_INS_MAX = 1.03
+OVER_STATIONARY_MAX = 1.03
+OVER_FEWEST_MAX = 1.25
 
 
 def choose_kept(
@@ -31,8 +34,7 @@ def choose_kept(
     """Pages to keep of each gap, in UseClasses order; the pages of the pass do not all fit in frame_count.
 
     read_ahead: frames left free at each step, per page of that step; None picks the best by [Note: read-ahead]. Never
-    more page-ins than LRU, nor (when it is picked here) than READ_AHEAD_PAGE_INS_MAX
-    times what keeping the same pages for good would take: all pages less the frames that the largest step leaves.
+    more page-ins than LRU (then a given read_ahead is left out), nor, when it is picked here, than _page_ins_max.
     """
     room = frame_count - classes.step_pages
     lru = lru_kept(classes, frame_count)
@@ -43,11 +45,9 @@ def choose_kept(
     gap_total = int(classes.gap_pages.sum())
     kept_least = sum(lru)
     if read_ahead is None:
-        stationary = classes.page_total - frame_count + int(classes.step_pages.max())
-        page_ins_max = int(stationary * READ_AHEAD_PAGE_INS_MAX)
-        kept_least = max(kept_least, gap_total - max(page_ins_max, gap_total - sum(fewest)))
+        kept_least = max(kept_least, gap_total - _page_ins_max(classes, gap_total - sum(fewest), frame_count))
     floors = [max(part * float(classes.own_pages.sum()), float(gap_total - sum(fewest))) for part in COMPUTE_PER_PAGE]
-    best, best_cost = fewest, _cost(classes, fewest, frame_count, floors)
+    best, best_cost = fewest, math.inf if read_ahead is not None else _cost(classes, fewest, frame_count, floors)
     for share in shares:
         reserve = np.ceil(classes.own_pages * share).astype(np.int64)
         left = np.maximum(room - reserve, 0)
@@ -55,8 +55,10 @@ def choose_kept(
         even = [keep_evenly(circle, left, prices, split) for split in EvenSplit]
         for inner in (keep_most(circle, left, [], quick=True), *even):
             kept = keep_what_returns_at_once(classes, circle, _all_gaps(classes, circle, inner), frame_count)
+            if sum(kept) < kept_least:
+                continue
             cost = _cost(classes, kept, frame_count, floors)
-            if sum(kept) >= kept_least and cost < best_cost:
+            if cost < best_cost:
                 best, best_cost = kept, cost
     return best
 
@@ -68,6 +70,16 @@ def _keep_fewest_page_ins(
     most = keep_most(circle, room, [[lru[gap] for gap in circle.index], *even])
     most = fill_up(circle, room, most, list(range(len(most))))
     return _all_gaps(classes, circle, max([*even, most], key=sum))
+
+
+def _page_ins_max(classes: UseClasses, fewest: int, frame_count: int) -> int:
+    """What reading ahead may raise the page-ins of a pass to. `stationary` reads what keeping the same pages for good
+    would; a pass that uses pages several times may be unable to do with that, and is held to its own optimum.
+    """
+    stationary = classes.page_total - frame_count + int(classes.step_pages.max())
+    if fewest <= stationary:
+        return max(fewest, int(stationary * OVER_STATIONARY_MAX))
+    return int(fewest * OVER_FEWEST_MAX)
 
 
 def _all_gaps(classes: UseClasses, circle: Circle, inner: list[int]) -> list[int]:
