@@ -107,8 +107,8 @@ def main() -> None:
             row = measure(name, share, arguments.rounds)
             rows.append(row)
             print(
-                f"{name}, {share:.0%}: {row['planning_s_median']} ({row['planning_cpu_s_median']} CPU) | {row['page_ins']} / {row['page_ins_fewest']} / "
-                f"{row['page_ins_bound']} / {row['page_ins_lru']} | {row['page_ins_over_stationary']} | "
+                f"{name}, {share:.0%}: {row['planning_s_median']} ({row['planning_cpu_s_median']} CPU) | "
+                f"{row['page_ins']} / {row['page_ins_fewest']} / {row['page_ins_bound']} / {row['page_ins_lru']} | {row['page_ins_over_stationary']} | "
                 f"{row['modelled_time']} ({row['modelled_time_fewest']})",
                 flush=True,
             )
