@@ -108,7 +108,8 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{name}, {share:.0%}: {row['planning_s_median']} ({row['planning_cpu_s_median']} CPU) | "
-                f"{row['page_ins']} / {row['page_ins_fewest']} / {row['page_ins_bound']} / {row['page_ins_lru']} | {row['page_ins_over_stationary']} | "
+                f"{row['page_ins']} / {row['page_ins_fewest']} / {row['page_ins_bound']} / {row['page_ins_lru']} | "
+                f"{row['page_ins_over_stationary']} | "
                 f"{row['modelled_time']} ({row['modelled_time_fewest']})",
                 flush=True,
             )
