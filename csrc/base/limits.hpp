@@ -18,7 +18,8 @@ inline constexpr std::size_t kPageBytesMax = 64 * kMiB;
 // Alignment assumed where the file system does not say (kernels before 6.1 have no STATX_DIOALIGN).
 inline constexpr std::uint32_t kDirectAlignFallbackBytes = 4096;
 
-// One request to the kernel: a 2 MiB page in one piece. Against 1 MiB it was as fast and took a fifth less CPU time (half the wake-ups).
+// One request to the kernel: a 2 MiB page in one piece. Against 1 MiB it was as fast and took a fifth less CPU time
+// (half the wake-ups).
 inline constexpr std::size_t kIoRequestBytesMax = 2 * kMiB;
 // One IoRequest: a page. Engines cut it into kernel requests where that helps.
 inline constexpr std::uint32_t kRequestBytesMax = 64 * kMiB;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module: names, types and the GIL; no logic. Calls that can wait release the GIL and look for signals (Ctrl-C) meanwhile.
+// The Python module: names, types and the GIL; no logic. Calls that can wait release the GIL and look for signals
+// (Ctrl-C) meanwhile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -76,7 +77,8 @@ py::capsule tensor(Pager& pager, std::uintptr_t address, std::uint64_t size_byte
   const auto* begin = reinterpret_cast<const std::byte*>(address);
   const tp::PageId first = pager.space()->find(begin);
   const tp::PageId last = size_bytes == 0 ? first : pager.space()->find(begin + size_bytes - 1);
-  if (!first.valid() || !last.valid()) throw tp::Error(tp::ErrorKind::invalid, "tensor: the range lies outside the pager's address space");
+  if (!first.valid() || !last.valid())
+    throw tp::Error(tp::ErrorKind::invalid, "tensor: the range lies outside the pager's address space");
   auto* owner = new TensorOwner{pager.space(), {static_cast<std::int64_t>(size_bytes)}, {}};
   owner->managed.tensor = {reinterpret_cast<void*>(address), {1, 0}, 1, {1, 8, 1}, owner->shape, nullptr, 0};
   owner->managed.context = owner;
@@ -88,10 +90,12 @@ py::capsule tensor(Pager& pager, std::uintptr_t address, std::uint64_t size_byte
   });
 }
 
-std::uint32_t add_set(Pager& pager, const std::vector<std::pair<std::uintptr_t, std::uint64_t>>& ranges, const std::string& name) {
+std::uint32_t add_set(Pager& pager, const std::vector<std::pair<std::uintptr_t, std::uint64_t>>& ranges,
+                      const std::string& name) {
   std::vector<tp::AddressRange> address_ranges;
   address_ranges.reserve(ranges.size());
-  for (const auto& [address, size_bytes] : ranges) address_ranges.push_back({reinterpret_cast<const std::byte*>(address), size_bytes});
+  for (const auto& [address, size_bytes] : ranges)
+    address_ranges.push_back({reinterpret_cast<const std::byte*>(address), size_bytes});
   return pager.add_set(address_ranges, name).value;
 }
 
@@ -103,11 +107,15 @@ Int32Array set_pages(const Pager& pager, std::uint32_t set) {
   return result;
 }
 
-std::span<const std::int32_t> view(const Int32Array& array) { return {array.data(), static_cast<std::size_t>(array.size())}; }
+std::span<const std::int32_t> view(const Int32Array& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
 
-void set_schedule(Pager& pager, const Int32Array& step_set, const Int32Array& initial_pages, const Int32Array& action_step,
-                  const Int32Array& action_deadline, const Int32Array& action_page_in, const Int32Array& action_evict) {
-  pager.set_schedule({view(step_set), view(initial_pages), view(action_step), view(action_deadline), view(action_page_in), view(action_evict)});
+void set_schedule(Pager& pager, const Int32Array& step_set, const Int32Array& initial_pages,
+                  const Int32Array& action_step, const Int32Array& action_deadline, const Int32Array& action_page_in,
+                  const Int32Array& action_evict) {
+  pager.set_schedule({view(step_set), view(initial_pages), view(action_step), view(action_deadline),
+                      view(action_page_in), view(action_evict)});
 }
 
 py::array_t<std::int32_t> record_end(Pager& pager) {
@@ -173,8 +181,9 @@ py::dict stats(const Pager& pager) {
   return result;
 }
 
-std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine, unsigned io_depth,
-                                  std::uint64_t inflight_bytes, const std::string& spill_directory, std::size_t event_capacity) {
+std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine,
+                                  unsigned io_depth, std::uint64_t inflight_bytes, const std::string& spill_directory,
+                                  std::size_t event_capacity) {
   const py::gil_scoped_release no_gil;
   tp::PagerOptions options;
   options.budget_bytes = budget_bytes;
@@ -198,30 +207,41 @@ void bind_probe(py::module_& module) {
       .def_readonly("direct", &tp::DirectoryFacts::direct)
       .def_readonly("align_bytes", &tp::DirectoryFacts::align_bytes)
       .def_readonly("reason", &tp::DirectoryFacts::reason);
-  module.def("probe_engines", &tp::probe_engines, py::call_guard<py::gil_scoped_release>(), "Engines, best first, each with its reason.");
+  module.def("probe_engines", &tp::probe_engines, py::call_guard<py::gil_scoped_release>(),
+             "Engines, best first, each with its reason.");
   module.def("probe_directory", &tp::probe_directory, py::arg("directory"), py::call_guard<py::gil_scoped_release>(),
              "What the directory's file system offers; IoError if it can't be written.");
 }
 
 void bind_pager_paging(py::class_<Pager>& pager) {
-  pager.def("add_set", &add_set, py::arg("ranges"), py::arg("name"),
-            "Pages of (address, size_bytes) ranges that one step needs together; returns the set id. Equal pages, equal id.")
+  pager
+      .def("add_set", &add_set, py::arg("ranges"), py::arg("name"),
+           "Pages of (address, size_bytes) ranges that one step needs together; returns the set id. Equal pages, equal "
+           "id.")
       .def("set_pages", &set_pages, py::arg("set_id"), "Ascending page numbers of a set, int32.")
-      .def("set_name", [](const Pager& self, std::uint32_t set) { return self.set(tp::SetId{set}).name; }, py::arg("set_id"))
+      .def(
+          "set_name", [](const Pager& self, std::uint32_t set) { return self.set(tp::SetId{set}).name; },
+          py::arg("set_id"))
       .def("acquire", &acquire, py::arg("set_id"),
-           "Wait until every page of the set is resident and forbid eviction until release(). Counted. Raises BudgetError, IoError, "
+           "Wait until every page of the set is resident and forbid eviction until release(). Counted. Raises "
+           "BudgetError, IoError, "
            "ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.")
-      .def("release", [](Pager& self, std::uint32_t set) { self.release(tp::SetId{set}); }, py::arg("set_id"))
+      .def(
+          "release", [](Pager& self, std::uint32_t set) { self.release(tp::SetId{set}); }, py::arg("set_id"))
       .def("hold", &hold, py::arg("address"), py::arg("size_bytes"),
-           "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then "
+           "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can "
+           "hold at once: then "
            "nothing is pinned and every page comes in as it is touched.")
-      .def("begin_pass", &Pager::begin_pass, "The model's root is entered: the schedule's position goes to the next start of its cycle.")
-      .def("record_begin", [](Pager& self, bool dry) { self.recorder().begin(dry); }, py::arg("dry"),
-           "Record this thread's acquire, hold and release; dry: they do nothing else.")
+      .def("begin_pass", &Pager::begin_pass,
+           "The model's root is entered: the schedule's position goes to the next start of its cycle.")
+      .def(
+          "record_begin", [](Pager& self, bool dry) { self.recorder().begin(dry); }, py::arg("dry"),
+          "Record this thread's acquire, hold and release; dry: they do nothing else.")
       .def("record_end", &record_end, "Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.")
-      .def("set_schedule", &set_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"), py::arg("action_step"),
-           py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
-           "One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and index.")
+      .def("set_schedule", &set_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"),
+           py::arg("action_step"), py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
+           "One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and "
+           "index.")
       .def("clear_schedule", &Pager::clear_schedule);
 }
 
@@ -229,13 +249,14 @@ void bind_pager_facts(py::class_<Pager>& pager) {
   pager.def_property_readonly("page_bytes", &Pager::page_bytes)
       .def_property_readonly("page_count", [](const Pager& self) { return self.space()->page_count(); })
       .def_property_readonly("frame_count", &Pager::frame_count)
-      .def_property_readonly("pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
-                             "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
+      .def_property_readonly(
+          "pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
+          "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
       .def_property_readonly("budget_bytes", &Pager::budget_bytes)
       .def_property_readonly("closed", &Pager::closed)
       .def("page_states", &page_states, "State of every page, uint8: an index into PAGE_STATES.")
       .def("stats", &stats, "Counters since the start or reset_stats().")
-      .def("reset_stats", [](Pager& self) { self.residency().reset_statistics(); })
+      .def("reset_stats", &Pager::reset_statistics)
       .def("events", &events, "The last events, oldest first; see EVENT_KINDS.")
       .def("close", &Pager::close, py::call_guard<py::gil_scoped_release>(),
            "Drain transfers, fail those who wait, free the memory. Idempotent.");
@@ -244,7 +265,8 @@ void bind_pager_facts(py::class_<Pager>& pager) {
 }  // namespace
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
-  module.doc() = "Native core of tensorpager: address space, frames, I/O engines, executor. Use through tensorpager.page().";
+  module.doc() =
+      "Native core of tensorpager: address space, frames, I/O engines, executor. Use through tensorpager.page().";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -255,29 +277,39 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   PYBIND11_NUMPY_DTYPE(tp::Event, time_ns, page, frame, step, set, thread, kind);
   py::list kinds, states;
   for (const char* name : tp::kEventKindNames) kinds.append(name);
-  for (std::size_t state = 0; state < tp::kPageStateCount; ++state) states.append(tp::page_state_name(static_cast<tp::PageState>(state)));
+  for (std::size_t state = 0; state < tp::kPageStateCount; ++state)
+    states.append(tp::page_state_name(static_cast<tp::PageState>(state)));
   module.attr("EVENT_KINDS") = kinds;
   module.attr("PAGE_STATES") = states;
 
   bind_probe(module);
   py::class_<tp::Region>(module, "Region", "Part of the address space backed by one file or by spill.")
-      .def_property_readonly("address", [](const tp::Region& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
+      .def_property_readonly("address",
+                             [](const tp::Region& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
       .def_readonly("size_bytes", &tp::Region::size_bytes)
       .def_property_readonly("first_page", [](const tp::Region& self) { return self.pages.first; })
       .def_property_readonly("page_count", [](const tp::Region& self) { return self.pages.count; });
 
-  py::class_<Pager> pager(module, "Pager", "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
-  pager.def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0, py::arg("engine") = "auto",
-            py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0, py::arg("spill_directory") = "", py::arg("event_capacity") = 65536,
-            "Allocates budget_bytes // page_bytes frames at once. BudgetError, MemoryMapError, EngineError, ValueError.")
+  py::class_<Pager> pager(module, "Pager",
+                          "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
+  pager
+      .def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
+           py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
+           py::arg("spill_directory") = "", py::arg("event_capacity") = 65536,
+           "Allocates budget_bytes // page_bytes frames at once. BudgetError, MemoryMapError, EngineError, ValueError.")
       .def("map_file", &Pager::map_file, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for a file, read-only: byte i is at Region.address + i. IoError.")
       .def("map_spill", &Pager::map_spill, py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for new bytes, zero until written.")
       .def("tensor", &tensor, py::arg("address"), py::arg("size_bytes"),
-           "DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses reserved.")
-      .def("contains", [](const Pager& self, std::uintptr_t address) { return self.space()->find(reinterpret_cast<const void*>(address)).valid(); },
-           py::arg("address"));
+           "DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses "
+           "reserved.")
+      .def(
+          "contains",
+          [](const Pager& self, std::uintptr_t address) {
+            return self.space()->find(reinterpret_cast<const void*>(address)).valid();
+          },
+          py::arg("address"));
   bind_pager_paging(pager);
   bind_pager_facts(pager);
 }

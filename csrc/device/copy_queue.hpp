@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CopyQueue contract: the second half of a page's way, between its host frame and its device frame.
 //
-// Every page-in passes READING -> HOST -> COPYING_IN -> DEVICE and every eviction the way back, on every device, so that
-// the executor is written once. On the host device the two frames are one: HostCopyQueue completes a request at the next poll()
-// and moves no byte. A CUDA queue issues the copy on a stream of its own and completes when its event has.
+// Every page-in passes READING -> HOST -> COPYING_IN -> DEVICE and every eviction the way back, on every device, so
+// that the executor is written once. On the host device the two frames are one: HostCopyQueue completes a request at
+// the next poll() and moves no byte. A CUDA queue issues the copy on a stream of its own and completes when its event
+// has.
 //
-// Threads: the executor thread only. Blocking: never. Ownership: both frames belong to the queue from submit() to the completion.
+// Threads: the executor thread only. Blocking: never. Ownership: both frames belong to the queue from submit() to the
+// completion.
 #pragma once
 
 #include <cstddef>

@@ -4,6 +4,7 @@
 // open_checkpoint: O_RDONLY|O_CLOEXEC, refuses what is not a regular file; direct when the file system takes O_DIRECT
 // (DirectPolicy), the alignment asked of the file with STATX_DIOALIGN. open_spill: O_TMPFILE, else O_CREAT|O_EXCL|
 // O_NOFOLLOW and unlinked at once; mode 0600. preallocate() makes room now, so that a full disk is met here.
+// Files that lie in memory (tmpfs) are never direct: their bytes would only be copied within RAM. Blocking; one thread.
 // Errors: Error(io) with path, call and errno. Move-only; closes its descriptor.
 #pragma once
 
@@ -29,7 +30,8 @@ class File {
 
   int descriptor() const noexcept { return descriptor_; }
   const std::string& path() const noexcept { return path_; }
-  std::uint64_t size_bytes() const noexcept { return size_bytes_; }  // when opened
+  std::uint64_t size_bytes() const noexcept { return size_bytes_; }  // when opened, or as made room for since
+  std::uint64_t size_bytes_now() const;  // asks the file again: smaller when somebody truncated it
   bool direct() const noexcept { return direct_; }
   const std::string& direct_reason() const noexcept { return direct_reason_; }  // why not, when not
   std::uint32_t align_bytes() const noexcept { return align_bytes_; }  // of memory, offset and size; 1 when buffered
@@ -38,6 +40,7 @@ class File {
 
  private:
   File() = default;
+  void apply(DirectPolicy policy);
   int descriptor_ = -1;
   std::string path_;
   std::uint64_t size_bytes_ = 0;

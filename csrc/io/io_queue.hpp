@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The IoQueue contract. Read this first; null_queue.cpp is the shortest engine and the template for a new one.
 //
-// Threads.    One thread, the owner, calls everything but wake(). The first submit() or wait() makes its caller the owner;
+// Threads.    One thread, the owner, calls everything but wake(). The first submit() or wait() makes its caller the
+// owner;
 //             until then another thread may construct the queue, add files and register memory. The owner destroys the
 //             queue, or drains it and lets another thread do so. wake() may be called from any thread and from a signal
 //             handler (it is one write to an eventfd), and makes the current or the next wait() return. Wakes merge;
@@ -69,12 +70,14 @@ struct IoQueueOptions {
   RawResultFilter filter;
   // For tests: the uring engine sets its ring up as on the oldest kernel it runs on.
   bool plain_ring = false;
+  // Registered memory is handed to the kernel in slices of at most this; tests set less to cross many boundaries.
+  std::size_t registered_slice_bytes = kRegisteredBufferBytesMax;
 };
 
 struct IoQueueFacts {
-  std::string engine;                      // "uring", "pread", "null", "sim"
-  bool memory_registered = false;          // transfers use registered memory
-  std::string memory_registered_reason;    // why not, when not
+  std::string engine;                        // "uring", "pread", "null", "sim"
+  bool memory_registered = false;            // transfers use registered memory
+  std::string memory_registered_reason;      // why not, when not
   std::vector<std::string> kernel_features;  // e.g. "DEFER_TASKRUN", "RESTRICTIONS"
 };
 

@@ -78,8 +78,6 @@ class NullQueue final : public IoQueue {
 
 }  // namespace
 
-std::unique_ptr<IoQueue> make_null_queue(const IoQueueOptions& options) {
-  return std::make_unique<NullQueue>(options);
-}
+std::unique_ptr<IoQueue> make_null_queue(const IoQueueOptions& options) { return std::make_unique<NullQueue>(options); }
 
 }  // namespace tp

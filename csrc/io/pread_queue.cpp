@@ -71,8 +71,9 @@ class PreadQueue final : public IoQueue {
     } catch (const std::system_error& error) {
       stop();
       throw Error(ErrorKind::engine,
-                  "the pread engine could not start its " + std::to_string(threads) + " threads: " +
-                      describe_errno(error.code().value()) + ". Raise the limit on processes (`ulimit -u`, pids cgroup).",
+                  "the pread engine could not start its " + std::to_string(threads) +
+                      " threads: " + describe_errno(error.code().value()) +
+                      ". Raise the limit on processes (`ulimit -u`, pids cgroup).",
                   error.code().value());
     }
   }
@@ -183,9 +184,8 @@ class PreadQueue final : public IoQueue {
     while (verdict == TransferProgress::Verdict::again) {
       const TransferPiece piece = task.progress.next_piece();
       const auto offset = static_cast<off_t>(piece.offset_bytes);
-      const ssize_t moved = request.op == IoOp::read
-                                ? pread(task.descriptor, piece.memory, piece.size_bytes, offset)
-                                : pwrite(task.descriptor, piece.memory, piece.size_bytes, offset);
+      const ssize_t moved = request.op == IoOp::read ? pread(task.descriptor, piece.memory, piece.size_bytes, offset)
+                                                     : pwrite(task.descriptor, piece.memory, piece.size_bytes, offset);
       int raw_result = moved < 0 ? -errno : static_cast<int>(moved);
       counters_.count_system_call();
       if (options_.filter) raw_result = options_.filter(request, raw_result);

@@ -29,7 +29,8 @@ struct DirectoryFacts {
 std::vector<EngineCandidate> probe_engines();
 DirectoryFacts probe_directory(const std::string& directory);  // throws Error(io) if it can't be written
 
-// engine: "auto" takes the first usable candidate; a name that can't run here throws Error(engine) with the reason.
+// engine: "auto" takes the first usable candidate that transfers bytes (not "null"); a name that can't run here throws
+// Error(engine) with the reason.
 std::unique_ptr<IoQueue> make_io_queue(const std::string& engine, const IoQueueOptions& options);
 
 }  // namespace tp

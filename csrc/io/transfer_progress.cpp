@@ -29,8 +29,8 @@ TransferPiece TransferProgress::next_piece(std::uint64_t memory_bytes_max) const
   piece.offset_bytes = request_.offset_bytes + restart_bytes_;
   piece.memory = request_.memory + restart_bytes_;
   const std::uint64_t left_bytes = request_.size_bytes - restart_bytes_;
-  piece.size_bytes = static_cast<std::uint32_t>(std::min({left_bytes, std::uint64_t{piece_bytes_max_},
-                                                          memory_bytes_max / align_bytes_ * align_bytes_}));
+  piece.size_bytes = static_cast<std::uint32_t>(
+      std::min({left_bytes, std::uint64_t{piece_bytes_max_}, memory_bytes_max / align_bytes_ * align_bytes_}));
   return piece;
 }
 

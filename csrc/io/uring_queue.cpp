@@ -15,7 +15,7 @@
 //        the eventfd and arms the poll again. A poll names no memory, so it may outlive us.
 // Memory. Registered memory is named by address only: the kernel keeps the physical pages, so transfers work wherever
 //        (and whether) those pages are mapped now. This file never dereferences the memory of a request. Slices end at
-//        multiples of kRegisteredBufferBytesMax from the start of the registered range; a piece that would cross one
+//        multiples of registered_slice_bytes from the start of the registered range; a piece that would cross one
 //        is cut there, and the rest goes the way of any remainder.
 // Limits. A file is added to a table that has a place for each descriptor the process may open: a larger one would make
 //        liburing raise RLIMIT_NOFILE behind the program's back.
@@ -71,14 +71,15 @@ class UringQueue final : public IoQueue {
     file_aligns_.push_back(1);
   }
 
-  // Memory is never freed under a transfer: a drain that fails ends the process rather than return.
+  // Memory is never freed under a transfer. When the kernel takes nothing any more, what it never took is dropped; with
+  // a transfer that it took and won't give back the process ends.
   ~UringQueue() override {
     if (getpid() != process_ || in_flight() == 0) return;
     std::vector<IoCompletion> completions;
     try {
       drain(completions);
     } catch (const Error&) {
-      TP_CHECK(!"the transfers in flight could not be drained");
+      TP_CHECK(io_uring_sq_ready(ring_.get()) >= in_flight());
     }
   }
 
@@ -140,9 +141,10 @@ FileId UringQueue::add_file(int descriptor, std::uint32_t direct_align_bytes) {
 void UringQueue::register_memory(std::span<std::byte> memory) {
   TP_CHECK(!memory.empty());
   TP_CHECK(!ring_.enabled());
+  TP_CHECK(options_.registered_slice_bytes > 0 && options_.registered_slice_bytes <= kRegisteredBufferBytesMax);
   std::vector<iovec> slices = slices_;
-  for (std::size_t at = 0; at < memory.size(); at += kRegisteredBufferBytesMax) {
-    slices.push_back({memory.data() + at, std::min(memory.size() - at, kRegisteredBufferBytesMax)});
+  for (std::size_t at = 0; at < memory.size(); at += options_.registered_slice_bytes) {
+    slices.push_back({memory.data() + at, std::min(memory.size() - at, options_.registered_slice_bytes)});
   }
   const auto by_address = [](const iovec& left, const iovec& right) { return left.iov_base < right.iov_base; };
   std::sort(slices.begin(), slices.end(), by_address);
@@ -226,9 +228,9 @@ void UringQueue::arm_wake() {
 
 // The registered slice that holds an address, or null. Slices are sorted and do not overlap.
 const iovec* find_slice(const std::vector<iovec>& slices, const std::byte* address) {
-  const auto after = std::upper_bound(slices.begin(), slices.end(), address, [](const std::byte* at, const iovec& slice) {
-    return at < static_cast<const std::byte*>(slice.iov_base);
-  });
+  const auto after = std::upper_bound(
+      slices.begin(), slices.end(), address,
+      [](const std::byte* at, const iovec& slice) { return at < static_cast<const std::byte*>(slice.iov_base); });
   if (after == slices.begin()) return nullptr;
   const iovec& slice = *(after - 1);
   const auto* base = static_cast<const std::byte*>(slice.iov_base);

@@ -47,7 +47,8 @@ std::string explain_setup_refusal(int error_number) {
     case EPERM:
     case EACCES:
       if (disabled == "2") {
-        return "io_uring is switched off on this machine: the sysctl kernel.io_uring_disabled is 2. An administrator can "
+        return "io_uring is switched off on this machine: the sysctl kernel.io_uring_disabled is 2. An administrator "
+               "can "
                "set it to 0, or the pread engine can be used";
       }
       if (disabled == "1" && geteuid() != 0) {
@@ -58,20 +59,19 @@ std::string explain_setup_refusal(int error_number) {
              "profile that allows io_uring_setup, io_uring_enter and io_uring_register, or use the pread engine";
     case ENOSYS:
       if (!disabled.empty()) {
-        return "the kernel has io_uring, but a seccomp filter or sandbox hides it. Allow io_uring_setup, io_uring_enter "
+        return "the kernel has io_uring, but a seccomp filter or sandbox hides it. Allow io_uring_setup, "
+               "io_uring_enter "
                "and io_uring_register there, or use the pread engine";
       }
-      return "io_uring is missing: the kernel is older than 5.11, was built without CONFIG_IO_URING, or a sandbox hides "
+      return "io_uring is missing: the kernel is older than 5.11, was built without CONFIG_IO_URING, or a sandbox "
+             "hides "
              "it. Use the pread engine";
     case ENOMEM:
       return "there is no memory for the rings; before Linux 5.12 they count against RLIMIT_MEMLOCK (`ulimit -l`)";
     case EMFILE:
-    case ENFILE:
-      return "no file descriptor is left; raise `ulimit -n`";
-    case EINVAL:
-      return "the kernel is older than 5.11, which the uring engine needs. Use the pread engine";
-    default:
-      return "io_uring_setup failed";
+    case ENFILE: return "no file descriptor is left; raise `ulimit -n`";
+    case EINVAL: return "the kernel is older than 5.11, which the uring engine needs. Use the pread engine";
+    default: return "io_uring_setup failed";
   }
 }
 
@@ -93,6 +93,9 @@ UringRing::UringRing(unsigned entries, unsigned files_max, Flags flags) : proces
     const int files_rc = io_uring_register_files(&ring_, empty.data(), files_max);
     if (files_rc < 0) throw engine_error("a table of registered files was refused", -files_rc);
     restrict();
+    // A filter may let io_uring_setup through and refuse this. A ring that is not enabled says EBADFD.
+    const int enter_rc = io_uring_enter(static_cast<unsigned>(ring_.ring_fd), 0, 0, 0, nullptr);
+    if (enter_rc < 0 && enter_rc != -EBADFD) throw engine_error(explain_setup_refusal(-enter_rc), -enter_rc);
   } catch (...) {
     io_uring_queue_exit(&ring_);
     throw;
@@ -135,8 +138,8 @@ void UringRing::restrict() {
   std::array<io_uring_restriction, 8> allowed{};
   std::size_t count = 0;
   // POLL_ADD is how wake() reaches a blocked wait(). Files are still added after the ring is enabled; memory is not.
-  for (const auto opcode : {IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED,
-                            IORING_OP_POLL_ADD}) {
+  for (const auto opcode :
+       {IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED, IORING_OP_POLL_ADD}) {
     allowed[count].opcode = IORING_RESTRICTION_SQE_OP;
     allowed[count++].sqe_op = static_cast<__u8>(opcode);
   }
@@ -166,8 +169,8 @@ void UringRing::set_file(unsigned index, int descriptor) {
   if (rc == 1) return;
   const int error_number = rc < 0 ? -rc : EINVAL;
   throw Error(ErrorKind::io,
-              "descriptor " + std::to_string(descriptor) + " could not be registered with io_uring: " +
-                  describe_errno(error_number),
+              "descriptor " + std::to_string(descriptor) +
+                  " could not be registered with io_uring: " + describe_errno(error_number),
               error_number);
 }
 

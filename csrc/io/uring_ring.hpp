@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// An io_uring instance that can do little: it is set up with the best flags the kernel takes, and restricted to the five
-// opcodes the uring engine uses, on registered files only, before it is enabled. What is refused is explained.
+// An io_uring instance that can do little: it is set up with the best flags the kernel takes, and restricted to the
+// five opcodes the uring engine uses, on registered files only, before it is enabled. What is refused is explained.
 //
 // Threads. The ring is made disabled. Anyone may register files and memory until enable(); the thread that calls that
 //          becomes the ring's one user (IORING_SETUP_SINGLE_ISSUER names the enabling thread the issuer). Destroying

@@ -15,7 +15,8 @@ namespace tp {
 namespace {
 
 [[noreturn]] void throw_mapping_error(const char* call, PageId page, int error_number) {
-  std::string message = std::string(call) + " of page " + std::to_string(page.value) + " failed: " + describe_errno(error_number);
+  std::string message =
+      std::string(call) + " of page " + std::to_string(page.value) + " failed: " + describe_errno(error_number);
   if (error_number == ENOMEM) {
     message += "; the process may have reached vm.max_map_count: raise it, or use larger pages (page_bytes)";
   } else if (error_number == EINVAL) {
@@ -58,15 +59,16 @@ PageRange AddressSpace::reserve(std::size_t page_count) {
   const std::size_t bytes = (page_count + 1) * page_bytes_;
   void* memory = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
-    throw Error(ErrorKind::memory, "could not reserve " + std::to_string(bytes / kMiB) +
-                                       " MiB of addresses (no memory is taken): " + describe_errno(errno) +
-                                       "; an address-space limit (ulimit -v) is the usual cause",
+    throw Error(ErrorKind::memory,
+                "could not reserve " + std::to_string(bytes / kMiB) + " MiB of addresses (no memory is taken): " +
+                    describe_errno(errno) + "; an address-space limit (ulimit -v) is the usual cause",
                 errno);
   }
   if (madvise(memory, bytes, MADV_DONTFORK) != 0) {
     const int error_number = errno;
     munmap(memory, bytes);
-    throw Error(ErrorKind::memory, "MADV_DONTFORK on the address space failed: " + describe_errno(error_number), error_number);
+    throw Error(ErrorKind::memory, "MADV_DONTFORK on the address space failed: " + describe_errno(error_number),
+                error_number);
   }
   auto* reservation = static_cast<std::byte*>(memory);
   const auto address = reinterpret_cast<std::uintptr_t>(reservation);
@@ -79,8 +81,9 @@ PageRange AddressSpace::reserve(std::size_t page_count) {
 
 std::byte* AddressSpace::address(PageId page) const {
   const std::span<const Region> all = regions();
-  const auto after = std::upper_bound(all.begin(), all.end(), page.value,
-                                      [](std::uint32_t value, const Region& region) { return value < region.pages.first; });
+  const auto after =
+      std::upper_bound(all.begin(), all.end(), page.value,
+                       [](std::uint32_t value, const Region& region) { return value < region.pages.first; });
   TP_CHECK(after != all.begin());
   const Region& region = *(after - 1);
   TP_CHECK(page.value - region.pages.first < region.pages.count);

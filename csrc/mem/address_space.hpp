@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Virtual addresses that never change. Each page of the model has its own address for ever; being resident means that
-// a frame's memory stands there. An absent page is PROT_NONE, a resident clean one PROT_READ (so that the first write is
-// seen, fault_handler.hpp), a dirty one readable and writable.
+// a frame's memory stands there. An absent page is PROT_NONE, a resident clean one PROT_READ (so that the first write
+// is seen, fault_handler.hpp), a dirty one readable and writable.
 //
-// How a frame moves: mremap carries its page-table entries to the new address (no copy, no zeroing; about 10 us for 2 MiB).
-// MREMAP_DONTUNMAP leaves the old range reserved: with a plain mremap another thread's mmap could take the hole before we close it.
-// Data appear at an address at one instant, whole: the transfer runs while the frame is at its slot, and the address becomes readable after.
+// How a frame moves: mremap carries its page-table entries to the new address (no copy, no zeroing; about 10 us for 2
+// MiB). MREMAP_DONTUNMAP leaves the old range reserved: with a plain mremap another thread's mmap could take the hole
+// before we close it. Data appear at an address at one instant, whole: the transfer runs while the frame is at its
+// slot, and the address becomes readable after.
 //
-// Threads: reserve() by one thread at a time, under the pager's lock; map/unmap/allow_write by the executor thread (allow_write also by a
-// faulting thread, under the pager's lock, for a page that is resident). address()/find() from any thread once reserved.
-// Blocking: system calls only. Errors: Error(memory). Ownership: regions are unmapped by the destructor; tensors over them keep
-// a shared_ptr to the space. After discard() no page is resident and no frame may be mapped any more.
+// Threads: reserve() by one thread at a time, under the pager's lock; map/unmap/allow_write by the executor thread
+// (allow_write also by a faulting thread, under the pager's lock, for a page that is resident). address()/find() from
+// any thread once reserved. Blocking: system calls only. Errors: Error(memory). Ownership: regions are unmapped by the
+// destructor; tensors over them keep a shared_ptr to the space. After discard() no page is resident and no frame may be
+// mapped any more.
 #pragma once
 
 #include <atomic>

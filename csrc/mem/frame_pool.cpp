@@ -66,11 +66,11 @@ FramePool::FramePool(std::uint64_t budget_bytes, std::size_t page_bytes)
 
   // One page more than needed, so that the first frame can start at a multiple of the page size.
   reservation_bytes_ = (frame_count_ + 1) * page_bytes_;
-  void* memory = mmap(nullptr, reservation_bytes_, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, reservation_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
-    throw Error(ErrorKind::memory, "could not map " + mebibytes(reservation_bytes_) + " of frames: " + describe_errno(errno),
-                errno);
+    throw Error(ErrorKind::memory,
+                "could not map " + mebibytes(reservation_bytes_) + " of frames: " + describe_errno(errno), errno);
   }
   reservation_ = static_cast<std::byte*>(memory);
   const auto address = reinterpret_cast<std::uintptr_t>(reservation_);
@@ -123,8 +123,9 @@ void FramePool::populate() {
   }
   for (std::thread& worker : workers) worker.join();
   if (failure != 0) {
-    throw Error(ErrorKind::memory, "could not populate " + mebibytes(bytes) + " of frames: " + describe_errno(failure) +
-                                       "; a memory limit (cgroup, ulimit -v) may be below the budget",
+    throw Error(ErrorKind::memory,
+                "could not populate " + mebibytes(bytes) + " of frames: " + describe_errno(failure) +
+                    "; a memory limit (cgroup, ulimit -v) may be below the budget",
                 failure);
   }
 }
@@ -161,8 +162,8 @@ SlotAccess FramePool::access(FrameId frame) const {
 void FramePool::set_access(FrameId frame, SlotAccess access) {
   if (this->access(frame) == access) return;
   if (mprotect(slot(frame), page_bytes_, protection_flags(access)) != 0) {
-    throw Error(ErrorKind::memory, "mprotect of frame " + std::to_string(frame.value) + " failed: " + describe_errno(errno),
-                errno);
+    throw Error(ErrorKind::memory,
+                "mprotect of frame " + std::to_string(frame.value) + " failed: " + describe_errno(errno), errno);
   }
   access_[frame.value] = access;
 }

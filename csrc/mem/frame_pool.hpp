@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A fixed number of frames of physical memory: the hard byte budget of the host tier.
 //
-// Every frame is page_bytes of populated memory, 2 MiB huge pages where the kernel gives them, allocated once and reused
-// (reading into memory touched for the first time runs at a fraction of the drive's speed). A frame's *slot* is its
-// home address: it names the frame for registered I/O for ever, also while the frame's memory is mapped elsewhere (AddressSpace).
+// Every frame is page_bytes of populated memory, 2 MiB huge pages where the kernel gives them, allocated once and
+// reused (reading into memory touched for the first time runs at a fraction of the drive's speed). A frame's *slot* is
+// its home address: it names the frame for registered I/O for ever, also while the frame's memory is mapped elsewhere
+// (AddressSpace).
 //
 // Threads: none of its own; the executor thread owns it after construction. Counters may be read from any thread.
 // Blocking: the constructor populates all memory. Errors: Error(memory) when the kernel or the machine can't give it.

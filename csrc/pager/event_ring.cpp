@@ -22,7 +22,8 @@ std::uint64_t monotonic_ns() noexcept {
 
 void EventRing::add(EventKind kind, std::int32_t page, std::int32_t frame, std::int64_t step, std::int32_t set) {
   if (events_.empty()) return;
-  events_[added_ % events_.size()] = {monotonic_ns(), page, frame, static_cast<std::int32_t>(step), set, current_thread, kind, {}};
+  events_[added_ % events_.size()] = {monotonic_ns(), page, frame, static_cast<std::int32_t>(step), set,
+                                      current_thread, kind, {}};
   ++added_;
 }
 

@@ -9,12 +9,21 @@
 namespace tp {
 
 enum class EventKind : std::uint8_t {
-  page_in_begin, page_in_end, evict, writeback_begin, writeback_end,
-  acquire_begin, acquire_end, release, stall_begin, stall_end, fault,
+  page_in_begin,
+  page_in_end,
+  evict,
+  writeback_begin,
+  writeback_end,
+  acquire_begin,
+  acquire_end,
+  release,
+  stall_begin,
+  stall_end,
+  fault,
 };
-inline constexpr const char* kEventKindNames[] = {
-    "page_in_begin", "page_in_end", "evict", "writeback_begin", "writeback_end",
-    "acquire_begin", "acquire_end", "release", "stall_begin", "stall_end", "fault"};
+inline constexpr const char* kEventKindNames[] = {"page_in_begin", "page_in_end",   "evict",       "writeback_begin",
+                                                  "writeback_end", "acquire_begin", "acquire_end", "release",
+                                                  "stall_begin",   "stall_end",     "fault"};
 
 struct Event {
   std::uint64_t time_ns;  // CLOCK_MONOTONIC

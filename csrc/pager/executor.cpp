@@ -13,7 +13,7 @@ namespace tp {
 namespace {
 
 constexpr std::size_t kWritebacksInFlightMax = 2;
-constexpr std::int64_t kAnyUse = -1;                          // any victim will do
+constexpr std::int64_t kAnyUse = -1;  // any victim will do
 constexpr std::chrono::nanoseconds kUntilWoken = std::chrono::hours(1);
 
 }  // namespace
@@ -36,8 +36,10 @@ void Executor::start() {
   std::future<void> is_ready = ready.get_future();
   thread_ = std::make_unique<std::thread>([this, &ready] {
     run([&ready](std::exception_ptr failure) {
-      if (failure) ready.set_exception(failure);
-      else ready.set_value();
+      if (failure)
+        ready.set_exception(failure);
+      else
+        ready.set_value();
     });
   });
   try {
@@ -115,7 +117,8 @@ bool Executor::round() {
 }
 
 void Executor::fatal(const Error& error) {
-  // A mapping call failed half-way (vm.max_map_count, memory): which address shows what is no longer certain, so nothing is shown.
+  // A mapping call failed half-way (vm.max_map_count, memory): which address shows what is no longer certain, so
+  // nothing is shown.
   const std::lock_guard lock(residency_.mutex);
   if (!residency_.poison) residency_.poison = error;
   residency_.fail_all_waiters(error);
@@ -132,12 +135,14 @@ bool Executor::decide() {
     return !residency_.closing;
   }
   if (residency_.closing) {
-    residency_.fail_all_waiters(Error(ErrorKind::closed, "the pager was closed while this access waited for its pages"));
+    residency_.fail_all_waiters(
+        Error(ErrorKind::closed, "the pager was closed while this access waited for its pages"));
     return false;
   }
   serve_waiters(false);
   const Follow outcome = follow_schedule();
-  // Pages that the schedule brings next, but can't (a victim still in use, off schedule): then on demand like any other.
+  // Pages that the schedule brings next, but can't (a victim still in use, off schedule): then on demand like any
+  // other.
   if (outcome == Follow::blocked) serve_waiters(true);
   residency_.hungry = outcome == Follow::blocked || outcome == Follow::idle;
   return true;
@@ -154,8 +159,9 @@ void Executor::serve_waiters(bool also_scheduled) {
       if (outcome == Start::started) continue;
       if (transfers_->in_flight() > 0 || !jobs_.empty()) return;  // a frame will come free
       residency_.fail_waiter(*waiter, spill_error_ ? *spill_error_
-                                                   : Error(ErrorKind::budget, "every frame of the budget is in use by open steps; "
-                                                                              "give a larger budget or use fewer threads"));
+                                                   : Error(ErrorKind::budget,
+                                                           "every frame of the budget is in use by open steps; "
+                                                           "give a larger budget or use fewer threads"));
       break;
     }
     waiter = next;
@@ -185,7 +191,8 @@ Executor::Follow Executor::follow_initial() {
   Tape& tape = *residency_.tape;
   const PageId page = tape.schedule().initial_pages()[tape.next_initial];
   if (residency_.table.at(page).state == PageState::absent) {
-    const std::int64_t use = tape.schedule().next_use(page, tape.position()).value_or(std::numeric_limits<std::int64_t>::max() / 2);
+    const std::int64_t use =
+        tape.schedule().next_use(page, tape.position()).value_or(std::numeric_limits<std::int64_t>::max() / 2);
     const Start outcome = start_page_in(page, Purpose::prefetch, PageId{}, use);
     if (outcome == Start::no_room) return Follow::full;
     // no_frame: everything resident is needed sooner than this page; it comes when it is asked for.
@@ -210,9 +217,11 @@ Executor::Follow Executor::follow_action() {
   if (!late && action.evict.valid() && pool_.free_count() == 0) {
     // Still in use, or asked for and on its way: it goes when it is released. (Absent already: any other will do.)
     const PageEntry& victim = residency_.table.at(action.evict);
-    if (victim.pins > 0 || (victim.state != PageState::device && victim.state != PageState::absent)) return Follow::blocked;
+    if (victim.pins > 0 || (victim.state != PageState::device && victim.state != PageState::absent))
+      return Follow::blocked;
   }
-  const Start outcome = start_page_in(action.page_in, Purpose::prefetch, action.evict, late ? kAnyUse : action.deadline);
+  const Start outcome =
+      start_page_in(action.page_in, Purpose::prefetch, action.evict, late ? kAnyUse : action.deadline);
   if (outcome == Start::no_room) return Follow::full;
   if (outcome == Start::no_frame) return Follow::blocked;
   ++tape.next_action;
@@ -247,7 +256,8 @@ Executor::Start Executor::start_page_in(PageId page, Purpose purpose, PageId pla
 
 std::optional<FrameId> Executor::free_a_frame(PageId planned_victim, std::int64_t used_after, PageId& dropped) {
   if (pool_.free_count() > 0) return pool_.take();
-  const PageId victim = evictable(planned_victim) ? planned_victim : residency_.choose_victim(used_after, spill_error_.has_value());
+  const PageId victim =
+      evictable(planned_victim) ? planned_victim : residency_.choose_victim(used_after, spill_error_.has_value());
   if (!victim.valid()) return std::nullopt;
   PageEntry& entry = residency_.table.at(victim);
   if (entry.dirty) {
@@ -351,8 +361,8 @@ void Executor::finish_page_in(const FinishedTransfer& transfer) {
     residency_.table.set_state(transfer.page, PageState::copying_in);
   }
   std::byte* frame_memory = pool_.slot(transfer.frame);
-  copies_->submit({transfer.page.value, CopyDirection::to_device, frame_memory, reinterpret_cast<std::uintptr_t>(frame_memory),
-                   pool_.page_bytes()});
+  copies_->submit({transfer.page.value, CopyDirection::to_device, frame_memory,
+                   reinterpret_cast<std::uintptr_t>(frame_memory), pool_.page_bytes()});
   copied_.clear();
   copies_->poll(copied_);
   for (const CopyCompletion& copied : copied_) {

@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The thread that carries out the schedule. It alone moves frames and talks to the IoQueue; clients only change Residency and wake it.
+// The thread that carries out the schedule. It alone moves frames and talks to the IoQueue; clients only change
+// Residency and wake it.
 //
 // One round:  decide (under the lock, no system call)  ->  carry out (no lock: unmap victims, submit reads and writes)
-//             ->  wait for completions or a wake       ->  finish (map the frame, then, under the lock, tell the waiters).
-// Order of service: 1. demand: pages that somebody waits for and the schedule does not bring next; 2. the schedule's actions, in order, with
+//             ->  wait for completions or a wake       ->  finish (map the frame, then, under the lock, tell the
+//             waiters).
+// Order of service: 1. demand: pages that somebody waits for and the schedule does not bring next; 2. the schedule's
+// actions, in order, with
 //   at most inflight_bytes of prefetch in flight, so that a fault never queues behind more than that.
-// A clean victim is dropped in the round that takes its frame. A dirty one is written back first; its frame is free when the write is finished.
+// A clean victim is dropped in the round that takes its frame. A dirty one is written back first; its frame is free
+// when the write is finished.
 //
-// Threads: start() and stop() by the owner. No GIL: nothing here knows Python. Errors: start() rethrows what setting up the engine threw;
-//   a failed page-in fails those who wait for the page; a failed writeback puts the page back at its address, still dirty, and
-//   from then on only clean pages are evicted: who needs a frame that only a writeback could free gets the spill's error.
+// Threads: start() and stop() by the owner. No GIL: nothing here knows Python. Errors: start() rethrows what setting up
+// the engine threw;
+//   a failed page-in fails those who wait for the page; a failed writeback puts the page back at its address, still
+//   dirty, and from then on only clean pages are evicted: who needs a frame that only a writeback could free gets the
+//   spill's error.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +39,7 @@ namespace tp {
 
 struct ExecutorOptions {
   std::function<std::unique_ptr<IoQueue>()> make_queue;  // called on the executor thread, which is the queue's owner
-  std::uint64_t inflight_bytes = 0;                       // of prefetch
+  std::uint64_t inflight_bytes = 0;                      // of prefetch
   std::string spill_directory;
 };
 
@@ -45,7 +51,8 @@ class Executor {
   Executor& operator=(const Executor&) = delete;
 
   void start();
-  // Stops starting transfers, waits for those in flight, fails every waiter with Error(closed), joins the thread. Idempotent.
+  // Stops starting transfers, waits for those in flight, fails every waiter with Error(closed), joins the thread.
+  // Idempotent.
   void stop() noexcept;
   // In a child of fork() the thread does not exist: forget it.
   void abandon() noexcept;
@@ -57,7 +64,7 @@ class Executor {
   std::uint64_t spill_bytes() const noexcept { return spill_bytes_.load(); }
 
  private:
-  struct Job {  // decided under the lock, carried out without it
+  struct Job {      // decided under the lock, carried out without it
     PageId victim;  // leaves its address first, if valid
     PageId page;    // comes in, if valid; else the victim is written back
     FrameId frame;

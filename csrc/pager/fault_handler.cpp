@@ -20,7 +20,7 @@ namespace {
 struct Attached {
   std::atomic<AddressSpace*> space{nullptr};
   std::atomic<Residency*> residency{nullptr};
-  std::atomic<unsigned> users{0};     // handlers inside
+  std::atomic<unsigned> users{0};       // handlers inside
   std::atomic<unsigned> generation{0};  // fork_generation() of the process it belongs to
 };
 
@@ -35,7 +35,8 @@ void say(const char* text) noexcept {
 
 enum class Outcome { not_ours, served, refused };
 
-// Whether the trapped access was a write. Where the processor does not tell, a write to a resident page traps again as such.
+// Whether the trapped access was a write. Where the processor does not tell, a write to a resident page traps again as
+// such.
 bool is_write([[maybe_unused]] const void* context) noexcept {
 #if defined(__x86_64__)
   constexpr long long kPageFaultWrite = 2;  // bit 1 of the page-fault error code
@@ -53,8 +54,9 @@ Outcome serve(Attached& entry, const void* address, const void* context) noexcep
   const PageId page = space != nullptr && residency != nullptr ? space->find(address) : PageId{};
   if (page.valid()) {
     const char* reason = "it belongs to the parent process: paged tensors can't be used in a child of fork()";
-    outcome = entry.generation.load() == generation.load() && residency->touch(page, is_write(context), &reason) ? Outcome::served
-                                                                                                                : Outcome::refused;
+    outcome = entry.generation.load() == generation.load() && residency->touch(page, is_write(context), &reason)
+                  ? Outcome::served
+                  : Outcome::refused;
     if (outcome == Outcome::refused) {
       say("tensorpager: a paged tensor's memory was accessed directly and could not be brought in: ");
       say(reason);

@@ -38,12 +38,12 @@ struct PageEntry {
   PageState state = PageState::absent;
   Backing backing = Backing::zero;
   bool dirty = false;
-  std::uint16_t file = 0;         // index into the transfer's files, for Backing::checkpoint
-  std::uint32_t pins = 0;         // acquires not yet released
-  std::uint32_t waiters = 0;      // threads that wait for this page
-  FrameId frame;                  // valid from reading to writing
-  std::uint32_t valid_bytes = 0;  // bytes that the backing has; the last page of a file is short
-  std::uint32_t generation = 0;   // counts the writebacks, so that a stale page is told from the current one
+  std::uint16_t file = 0;          // index into the transfer's files, for Backing::checkpoint
+  std::uint32_t pins = 0;          // acquires not yet released
+  std::uint32_t waiters = 0;       // threads that wait for this page
+  FrameId frame;                   // valid from reading to writing
+  std::uint32_t valid_bytes = 0;   // bytes that the backing has; the last page of a file is short
+  std::uint32_t generation = 0;    // counts the writebacks, so that a stale page is told from the current one
   std::uint64_t offset_bytes = 0;  // in the checkpoint or in the spill
   std::uint64_t checksum = 0;      // XXH3 of the spilled bytes, mixed with page and generation; kept in RAM only
   std::uint64_t last_use = 0;      // tick of the last release, for least recently used when there is no schedule

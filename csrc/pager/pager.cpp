@@ -26,9 +26,9 @@ unsigned long mapping_count_max() {
   return count;
 }
 
-// The smallest page with which every frame may be a mapping of its own: each one that is resident splits the address space in up to
-// two more and leaves its slot as another. A third of vm.max_map_count stays for the rest of the process.
-// Worked example: 65,530 / 3 * 2 / 3 = 14,562 frames: 2 MiB pages up to 28 GiB of budget, 4 MiB up to 56 GiB.
+// The smallest page with which every frame may be a mapping of its own: each one that is resident splits the address
+// space in up to two more and leaves its slot as another. A third of vm.max_map_count stays for the rest of the
+// process. Worked example: 65,530 / 3 * 2 / 3 = 14,562 frames: 2 MiB pages up to 28 GiB of budget, 4 MiB up to 56 GiB.
 std::size_t choose_page_bytes(std::uint64_t budget_bytes) {
   const std::uint64_t frames_max = std::max(1024ul, mapping_count_max() / 3 * 2 / 3);
   std::size_t page_bytes = kPageBytesMin;
@@ -40,7 +40,8 @@ std::size_t checked_page_bytes(const PagerOptions& options) {
   if (options.page_bytes == 0) return choose_page_bytes(options.budget_bytes);
   const bool power_of_two = (options.page_bytes & (options.page_bytes - 1)) == 0;
   if (!power_of_two || options.page_bytes < kPageBytesMin || options.page_bytes > kPageBytesMax) {
-    throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(options.page_bytes) + "; it must be a power of two from 2 MiB to 64 MiB");
+    throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(options.page_bytes) +
+                                        "; it must be a power of two from 2 MiB to 64 MiB");
   }
   return options.page_bytes;
 }
@@ -48,18 +49,22 @@ std::size_t checked_page_bytes(const PagerOptions& options) {
 ExecutorOptions executor_options(const PagerOptions& options, std::size_t page_bytes, std::size_t frame_count) {
   ExecutorOptions result;
   const std::uint64_t wanted = options.inflight_bytes != 0 ? options.inflight_bytes : kInflightBytesDefault;
-  const std::size_t transfers = std::clamp<std::size_t>(wanted / page_bytes, 1, std::max<std::size_t>(1, frame_count / 2));
+  const std::size_t transfers =
+      std::clamp<std::size_t>(wanted / page_bytes, 1, std::max<std::size_t>(1, frame_count / 2));
   result.inflight_bytes = transfers * page_bytes;
   result.spill_directory = options.spill_directory;
   IoQueueOptions queue_options;
-  const std::size_t requests = (transfers + kDemandTransfers) * ((page_bytes + kIoRequestBytesMax - 1) / kIoRequestBytesMax);
+  const std::size_t requests =
+      (transfers + kDemandTransfers) * ((page_bytes + kIoRequestBytesMax - 1) / kIoRequestBytesMax);
   queue_options.depth = static_cast<unsigned>(std::max<std::size_t>(requests, options.io_depth));
   if (queue_options.depth > kIoDepthMax) {
     throw Error(ErrorKind::invalid, "inflight_bytes and io_depth ask for " + std::to_string(queue_options.depth) +
-                                        " requests in flight; at most " + std::to_string(kIoDepthMax) + " are possible");
+                                        " requests in flight; at most " + std::to_string(kIoDepthMax) +
+                                        " are possible");
   }
-  result.make_queue = options.make_queue ? options.make_queue
-                                         : [engine = options.engine, queue_options] { return make_io_queue(engine, queue_options); };
+  result.make_queue = options.make_queue ? options.make_queue : [engine = options.engine, queue_options] {
+    return make_io_queue(engine, queue_options);
+  };
   return result;
 }
 
@@ -70,14 +75,16 @@ Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) 
   page_bytes_ = page_bytes;
   frame_count_ = options.budget_bytes / page_bytes;
   if (frame_count_ < 2 * kFaultFrames) {
-    throw Error(ErrorKind::budget, "the budget of " + std::to_string(options.budget_bytes / kMiB) + " MiB is too small; at least " +
-                                       std::to_string(2 * kFaultFrames * page_bytes / kMiB) + " MiB are needed with pages of " +
-                                       std::to_string(page_bytes / kMiB) + " MiB");
+    throw Error(ErrorKind::budget, "the budget of " + std::to_string(options.budget_bytes / kMiB) +
+                                       " MiB is too small; at least " +
+                                       std::to_string(2 * kFaultFrames * page_bytes / kMiB) +
+                                       " MiB are needed with pages of " + std::to_string(page_bytes / kMiB) + " MiB");
   }
   space_ = std::make_shared<AddressSpace>(page_bytes);
   pool_ = std::make_unique<FramePool>(options.budget_bytes, page_bytes);
   residency_ = std::make_unique<Residency>(*space_, pool_->frame_count(), options.event_capacity);
-  executor_ = std::make_unique<Executor>(*residency_, *space_, *pool_, executor_options(options, page_bytes, pool_->frame_count()));
+  executor_ = std::make_unique<Executor>(*residency_, *space_, *pool_,
+                                         executor_options(options, page_bytes, pool_->frame_count()));
   executor_->start();
   io_facts_ = executor_->io_facts();
   attach_fault_handler(*space_, *residency_);
@@ -88,7 +95,8 @@ Pager::~Pager() { close(); }
 void Pager::throw_if_unusable() const {
   if (fork_generation() != fork_generation_) {
     throw Error(ErrorKind::forked,
-                "this pager belongs to the parent process: a child of fork() has neither its memory nor its I/O thread. Load the model in the "
+                "this pager belongs to the parent process: a child of fork() has neither its memory nor its I/O "
+                "thread. Load the model in the "
                 "child, or start workers with the 'spawn' method");
   }
   if (closed_.load(std::memory_order_relaxed)) {
@@ -130,7 +138,8 @@ void Pager::append_region_pages(const Region& region, Backing backing, std::uint
     entries[i].backing = backing;
     entries[i].file = file;
     entries[i].offset_bytes = offset;
-    entries[i].valid_bytes = static_cast<std::uint32_t>(std::min<std::uint64_t>(space_->page_bytes(), region.size_bytes - offset));
+    entries[i].valid_bytes =
+        static_cast<std::uint32_t>(std::min<std::uint64_t>(space_->page_bytes(), region.size_bytes - offset));
   }
   residency_->append_pages(entries);
 }
@@ -141,8 +150,11 @@ std::vector<PageId> Pager::pages_of(const std::vector<AddressRange>& ranges) con
     if (range.size_bytes == 0) continue;
     const PageId first = space_->find(range.address);
     const PageId last = space_->find(range.address + (range.size_bytes - 1));
-    const bool inside = first.valid() && last.valid() && last >= first && (last.value - first.value) <= range.size_bytes / space_->page_bytes() + 1;
-    if (!inside) throw Error(ErrorKind::invalid, "a range of " + std::to_string(range.size_bytes) + " bytes lies outside the pager's address space");
+    const bool inside = first.valid() && last.valid() && last >= first &&
+                        (last.value - first.value) <= range.size_bytes / space_->page_bytes() + 1;
+    if (!inside)
+      throw Error(ErrorKind::invalid,
+                  "a range of " + std::to_string(range.size_bytes) + " bytes lies outside the pager's address space");
     for (std::uint32_t page = first.value; page <= last.value; ++page) pages.push_back(PageId{page});
   }
   std::sort(pages.begin(), pages.end());
@@ -193,7 +205,8 @@ std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupte
     const PageId first = space_->find(range.address);
     const PageId last = range.size_bytes == 0 ? first : space_->find(range.address + (range.size_bytes - 1));
     if (!first.valid() || !last.valid()) {
-      throw Error(ErrorKind::invalid, "a range of " + std::to_string(range.size_bytes) + " bytes lies outside the pager's address space");
+      throw Error(ErrorKind::invalid,
+                  "a range of " + std::to_string(range.size_bytes) + " bytes lies outside the pager's address space");
     }
     page_count = last.value - first.value + 1;
     const std::uint64_t key = static_cast<std::uint64_t>(first.value) << 32 | last.value;
@@ -201,7 +214,8 @@ std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupte
     if (known != set_by_range_.end()) {
       id = known->second;
     } else {
-      id = intern_set(pages_of({range}), "access to pages " + std::to_string(first.value) + "-" + std::to_string(last.value));
+      id = intern_set(pages_of({range}),
+                      "access to pages " + std::to_string(first.value) + "-" + std::to_string(last.value));
       set_by_range_.emplace(key, id);
     }
   }
@@ -234,9 +248,26 @@ void Pager::clear_schedule() {
   residency_->set_schedule(nullptr);
 }
 
+IoQueueCounters Pager::all_io_counters() const { return executor_ ? executor_->io_counters() : io_counters_at_close_; }
+
 IoQueueCounters Pager::io_counters() const {
   const std::lock_guard lock(close_mutex_);
-  return executor_ ? executor_->io_counters() : io_counters_at_close_;
+  IoQueueCounters result = all_io_counters();
+  const IoQueueCounters& before = io_counters_at_reset_;
+  result.requests -= before.requests;
+  result.completions -= before.completions;
+  result.bytes_read -= before.bytes_read;
+  result.bytes_written -= before.bytes_written;
+  result.short_transfers -= before.short_transfers;
+  result.retries -= before.retries;
+  result.system_calls -= before.system_calls;
+  return result;
+}
+
+void Pager::reset_statistics() {
+  const std::lock_guard lock(close_mutex_);
+  io_counters_at_reset_ = all_io_counters();
+  residency_->reset_statistics();
 }
 
 std::uint64_t Pager::bytes_in_use_max() const {

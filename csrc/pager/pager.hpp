@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The core's front door: one address space, one budget of frames, one executor.
 //
-// Threads: every method from any thread. Blocking: acquire, hold and close wait for I/O; the constructor allocates and populates the budget.
-// Ownership: the address space outlives the pager for as long as a tensor over it does (space()); after close() its pages are absent for good.
-// Errors: Error of the kind named at each method; every method but close() and the facts throws Error(closed) after close() and
+// Threads: every method from any thread. Blocking: acquire, hold and close wait for I/O; the constructor allocates and
+// populates the budget. Ownership: the address space outlives the pager for as long as a tensor over it does (space());
+// after close() its pages are absent for good. Errors: Error of the kind named at each method; every method but close()
+// and the facts throws Error(closed) after close() and
 //   Error(forked) in a child of fork().
 #pragma once
 
@@ -27,7 +28,7 @@ namespace tp {
 
 struct PagerOptions {
   std::uint64_t budget_bytes = 0;
-  std::size_t page_bytes = 0;        // 0: chosen from the budget
+  std::size_t page_bytes = 0;  // 0: chosen from the budget
   std::string engine = "auto";
   unsigned io_depth = 0;             // requests; 0: what inflight_bytes needs
   std::uint64_t inflight_bytes = 0;  // of prefetch; 0: kInflightBytesDefault
@@ -54,8 +55,8 @@ class Pager {
   Pager(const Pager&) = delete;
   Pager& operator=(const Pager&) = delete;
 
-  Region map_file(const std::string& path);       // Error(io)
-  Region map_spill(std::uint64_t size_bytes);     // Error(memory), Error(invalid)
+  Region map_file(const std::string& path);    // Error(io)
+  Region map_spill(std::uint64_t size_bytes);  // Error(memory), Error(invalid)
   const std::shared_ptr<AddressSpace>& space() const noexcept { return space_; }
 
   SetId add_set(const std::vector<AddressRange>& ranges, const std::string& name);  // Error(invalid)
@@ -63,7 +64,8 @@ class Pager {
 
   void acquire(SetId id, const Residency::Interrupted& interrupted);
   void release(SetId id);
-  // acquire() for a byte range outside of any step. Nothing when it is more than the budget can hold: then pages come in as they are touched.
+  // acquire() for a byte range outside of any step. Nothing when it is more than the budget can hold: then pages come
+  // in as they are touched.
   std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted);
   void begin_pass();
 
@@ -77,7 +79,8 @@ class Pager {
   std::size_t frame_count() const noexcept { return frame_count_; }
   std::uint64_t budget_bytes() const noexcept { return frame_count_ * page_bytes_; }
   IoQueueFacts io_facts() const { return io_facts_; }
-  IoQueueCounters io_counters() const;
+  IoQueueCounters io_counters() const;  // since the start or reset_statistics()
+  void reset_statistics();
   std::uint64_t spill_bytes() const;
   std::uint64_t bytes_in_use_max() const;
   bool closed() const noexcept { return closed_.load(); }
@@ -97,13 +100,15 @@ class Pager {
   std::unique_ptr<Residency> residency_;
   std::unique_ptr<Executor> executor_;
   IoQueueFacts io_facts_;
-  IoQueueCounters io_counters_at_close_;
+  IoQueueCounters all_io_counters() const;  // with close_mutex_ held
+  IoQueueCounters io_counters_at_close_, io_counters_at_reset_;
   std::uint64_t bytes_in_use_max_at_close_ = 0, spill_bytes_at_close_ = 0;
   Recorder recorder_;
   mutable std::mutex sets_mutex_;  // sets are made by one thread at a time; never held while waiting
   std::map<std::vector<PageId>, SetId> set_by_pages_;
   std::unordered_map<std::uint64_t, SetId> set_by_range_;  // first page << 32 | last page, for hold()
-  mutable std::mutex close_mutex_;  // over executor_ and pool_ after construction: the facts may be asked while another thread closes
+  mutable std::mutex
+      close_mutex_;  // over executor_ and pool_ after construction: the facts may be asked while another thread closes
   std::atomic<bool> closed_{false};
 };
 

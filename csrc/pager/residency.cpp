@@ -18,7 +18,8 @@ namespace {
 
 constexpr std::uint32_t kWaiting = 0, kResident = 1, kFailed = 2;
 
-// A futex rather than a condition variable: the wait also runs inside the fault handler, where nothing may allocate, and ends at a signal.
+// A futex rather than a condition variable: the wait also runs inside the fault handler, where nothing may allocate,
+// and ends at a signal.
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t expected) noexcept {
   const timespec timeout{0, 50'000'000};
   syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, &timeout, nullptr, 0);
@@ -68,7 +69,8 @@ std::size_t Residency::set_count() const {
 
 void Residency::throw_if_closing() const {
   if (poison) throw *poison;
-  if (closing) throw Error(ErrorKind::closed, "the pager is closed: its model's weights are no longer in memory; load it again");
+  if (closing)
+    throw Error(ErrorKind::closed, "the pager is closed: its model's weights are no longer in memory; load it again");
 }
 
 void Residency::pin_all(const PageSet& set) {
@@ -77,10 +79,12 @@ void Residency::pin_all(const PageSet& set) {
   if (pinned_pages_ + newly_pinned > pinnable_pages()) {
     const std::uint64_t page_bytes = space_.page_bytes();
     const std::uint64_t needed = (pinned_pages_ + newly_pinned + kFaultFrames) * page_bytes;
-    throw Error(ErrorKind::budget,
-                "step '" + set.name + "' needs " + mebibytes(set.pages.size() * page_bytes) + " resident at once" +
-                    (pinned_pages_ > 0 ? ", beside " + mebibytes(pinned_pages_ * page_bytes) + " that other open steps hold" : "") +
-                    ", but the budget is " + mebibytes(frame_count_ * page_bytes) + "; give at least " + mebibytes(needed));
+    throw Error(
+        ErrorKind::budget,
+        "step '" + set.name + "' needs " + mebibytes(set.pages.size() * page_bytes) + " resident at once" +
+            (pinned_pages_ > 0 ? ", beside " + mebibytes(pinned_pages_ * page_bytes) + " that other open steps hold"
+                               : "") +
+            ", but the budget is " + mebibytes(frame_count_ * page_bytes) + "; give at least " + mebibytes(needed));
   }
   for (const PageId page : set.pages) {
     PageEntry& entry = table.at(page);
@@ -248,7 +252,8 @@ void Residency::reset_statistics() {
 std::vector<std::uint8_t> Residency::page_states() const {
   const std::lock_guard lock(mutex);
   std::vector<std::uint8_t> states(table.size());
-  for (std::uint32_t page = 0; page < states.size(); ++page) states[page] = static_cast<std::uint8_t>(table.at(PageId{page}).state);
+  for (std::uint32_t page = 0; page < states.size(); ++page)
+    states[page] = static_cast<std::uint8_t>(table.at(PageId{page}).state);
   return states;
 }
 
@@ -282,7 +287,8 @@ void Residency::wake_if_hungry() {
 }
 
 void Residency::record(EventKind kind, PageId page, FrameId frame) {
-  ring_.add(kind, static_cast<std::int32_t>(page.value), static_cast<std::int32_t>(frame.value), tape ? tape->position() - 1 : -1, -1);
+  ring_.add(kind, static_cast<std::int32_t>(page.value), static_cast<std::int32_t>(frame.value),
+            tape ? tape->position() - 1 : -1, -1);
 }
 
 void Residency::unlink(Waiter& waiter) {

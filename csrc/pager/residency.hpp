@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state that clients and the executor share, under one lock: page table, sets, pins, the schedule's tape, the threads that wait,
-// counters and events. Clients come in by acquire / release / touch; the executor decides with the members below the line.
+// The state that clients and the executor share, under one lock: page table, sets, pins, the schedule's tape, the
+// threads that wait, counters and events. Clients come in by acquire / release / touch; the executor decides with the
+// members below the line.
 //
-// Threads: any. The lock is held for table updates only, never across a system call that can block (waking the executor and opening one
+// Threads: any. The lock is held for table updates only, never across a system call that can block (waking the executor
+// and opening one
 //   page for writing are the two short ones).
-// Blocking: acquire and touch wait until the pages are resident; acquire calls `interrupted` at least every 50 ms, and what it throws
+// Blocking: acquire and touch wait until the pages are resident; acquire calls `interrupted` at least every 50 ms, and
+// what it throws
 //   leaves nothing acquired. Everything else returns at once.
 // Ownership: a pinned page stays at its address until the last release. Pages can be pinned before they arrive.
-// Errors: acquire throws Error(budget) when the pins would leave no frame to fault with, Error(io) when a page can't be read, Error(closed).
+// Errors: acquire throws Error(budget) when the pins would leave no frame to fault with, Error(io) when a page can't be
+// read, Error(closed).
 #pragma once
 
 #include <atomic>
@@ -30,7 +34,8 @@
 
 namespace tp {
 
-// Frames that no pin may take, so that a stray access always finds room: one instruction can touch two addresses, each across a page border.
+// Frames that no pin may take, so that a stray access always finds room: one instruction can touch two addresses, each
+// across a page border.
 inline constexpr std::size_t kFaultFrames = 4;
 
 struct PageSet {
@@ -40,18 +45,18 @@ struct PageSet {
 
 struct Counters {
   std::uint64_t acquires = 0, releases = 0;
-  std::uint64_t page_accesses = 0;      // pages over all acquires
+  std::uint64_t page_accesses = 0;           // pages over all acquires
   std::uint64_t page_accesses_resident = 0;  // of these, resident at once
-  std::uint64_t page_ins = 0;           // pages brought in
-  std::uint64_t prefetches = 0;         // of these, by the schedule
-  std::uint64_t faults = 0;             // of these, on demand
-  std::uint64_t zero_fills = 0;         // of these, without I/O
+  std::uint64_t page_ins = 0;                // pages brought in
+  std::uint64_t prefetches = 0;              // of these, by the schedule
+  std::uint64_t faults = 0;                  // of these, on demand
+  std::uint64_t zero_fills = 0;              // of these, without I/O
   std::uint64_t evictions = 0;
   std::uint64_t writebacks = 0;
-  std::uint64_t stalls = 0;             // acquires and touches that had to wait
+  std::uint64_t stalls = 0;  // acquires and touches that had to wait
   std::uint64_t stall_ns = 0;
-  std::uint64_t touches = 0;            // raw accesses that trapped
-  std::uint64_t failures = 0;           // transfers that failed
+  std::uint64_t touches = 0;   // raw accesses that trapped
+  std::uint64_t failures = 0;  // transfers that failed
   std::uint64_t passes = 0;
   std::uint64_t pinned_pages_max = 0;
 };
@@ -104,7 +109,7 @@ class Residency {
   Waiter* waiters = nullptr;       // first come, first served
   bool closing = false;
   std::optional<Error> poison;  // the executor met an error it can't undo: every later access gets it
-  bool hungry = false;  // the executor could start the next action if its victim were released
+  bool hungry = false;          // the executor could start the next action if its victim were released
 
   void set_waker(IoQueue* queue) noexcept { waker_.store(queue); }
   void wake() noexcept;
@@ -113,8 +118,8 @@ class Residency {
   void page_failed(PageId page, const Error& error);
   void fail_all_waiters(const Error& error);
   void fail_waiter(Waiter& waiter, const Error& error);
-  // The unpinned resident page with the furthest next use (least recently used without a schedule); only one that is used
-  // after step `used_after`, if given, and only a clean one when clean_only. Invalid when there is none.
+  // The unpinned resident page with the furthest next use (least recently used without a schedule); only one that is
+  // used after step `used_after`, if given, and only a clean one when clean_only. Invalid when there is none.
   PageId choose_victim(std::int64_t used_after, bool clean_only) const;
 
  private:

@@ -25,14 +25,17 @@ void check_range(const char* array, std::span<const std::int32_t> values, std::i
 
 void check_ascending(const char* array, std::span<const std::int32_t> values) {
   const auto drop = std::adjacent_find(values.begin(), values.end(), std::greater<>());
-  if (drop != values.end()) refuse(std::string(array) + " descends after index " + std::to_string(drop - values.begin()));
+  if (drop != values.end())
+    refuse(std::string(array) + " descends after index " + std::to_string(drop - values.begin()));
 }
 
-void check_arrays(const ScheduleArrays& arrays, std::size_t set_count, std::size_t page_count, std::size_t frame_count) {
+void check_arrays(const ScheduleArrays& arrays, std::size_t set_count, std::size_t page_count,
+                  std::size_t frame_count) {
   const auto steps = static_cast<std::int64_t>(arrays.step_set.size());
   const std::size_t actions = arrays.action_page_in.size();
   if (steps == 0) refuse("it has no steps");
-  if (arrays.action_step.size() != actions || arrays.action_deadline.size() != actions || arrays.action_evict.size() != actions) {
+  if (arrays.action_step.size() != actions || arrays.action_deadline.size() != actions ||
+      arrays.action_evict.size() != actions) {
     refuse("the action arrays differ in length");
   }
   const auto pages = static_cast<std::int64_t>(page_count);
@@ -58,7 +61,8 @@ void Schedule::Occurrences::build(std::size_t keys, const std::vector<std::pair<
   for (const auto& [key, where] : pairs) position[fill[key]++] = where;  // pairs come in ascending order of `where`
 }
 
-std::optional<std::int64_t> Schedule::Occurrences::next(std::uint32_t key, std::int64_t from, std::int64_t cycle_length) const {
+std::optional<std::int64_t> Schedule::Occurrences::next(std::uint32_t key, std::int64_t from,
+                                                        std::int64_t cycle_length) const {
   TP_DCHECK(from >= 0 && cycle_length > 0);
   if (key + 1 >= row.size() || row[key] == row[key + 1]) return std::nullopt;
   const std::int64_t cycle = from / cycle_length;
@@ -87,8 +91,10 @@ Schedule::Schedule(const ScheduleArrays& arrays, std::span<const std::vector<Pag
   }
   for (std::size_t i = 0; i < arrays.action_page_in.size(); ++i) {
     const auto page = static_cast<std::uint32_t>(arrays.action_page_in[i]);
-    const PageId evict = arrays.action_evict[i] < 0 ? PageId{} : PageId{static_cast<std::uint32_t>(arrays.action_evict[i])};
-    if (arrays.action_deadline[i] < arrays.action_step[i]) refuse("action " + std::to_string(i) + " may start only after its deadline");
+    const PageId evict =
+        arrays.action_evict[i] < 0 ? PageId{} : PageId{static_cast<std::uint32_t>(arrays.action_evict[i])};
+    if (arrays.action_deadline[i] < arrays.action_step[i])
+      refuse("action " + std::to_string(i) + " may start only after its deadline");
     actions_.push_back({arrays.action_step[i], arrays.action_deadline[i], PageId{page}, evict});
     by_action.emplace_back(page, static_cast<std::int32_t>(i));
   }
@@ -132,8 +138,8 @@ std::optional<std::int64_t> Schedule::next_page_in(PageId page, std::int64_t fro
 std::optional<std::int64_t> Tape::match(SetId set, AcquireKind kind) {
   if (schedule_.set_of(position_) == set) return position_++;
   if (kind == AcquireKind::step) {
-    // Further on in this pass: the model left steps out (an expert not chosen, an early exit). Far ahead means that it went back
-    // instead (recomputation, a module called again), and the schedule stays where it is.
+    // Further on in this pass: the model left steps out (an expert not chosen, an early exit). Far ahead means that it
+    // went back instead (recomputation, a module called again), and the schedule stays where it is.
     const std::optional<std::int64_t> found = schedule_.next_step_of(set, position_);
     if (found && *found - position_ <= schedule_.step_count() / 2) {
       ++jumps;

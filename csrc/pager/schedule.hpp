@@ -4,10 +4,12 @@
 //
 // Absolute numbers run on across cycles: step s of cycle c is c * step_count + s, and likewise for actions.
 //
-// Tape: where the run is on the schedule. An acquire that is the expected next step moves the position by one. One that is found
-// a little further on (the model left steps out) jumps there. Anything else leaves the position alone: it is off schedule.
+// Tape: where the run is on the schedule. An acquire that is the expected next step moves the position by one. One that
+// is found a little further on (the model left steps out) jumps there. Anything else leaves the position alone: it is
+// off schedule.
 //
-// Threads: under the lock of Residency. Blocking: never. Errors: Error(invalid) from the constructor, naming array and index.
+// Threads: under the lock of Residency. Blocking: never. Errors: Error(invalid) from the constructor, naming array and
+// index.
 #pragma once
 
 #include <cstdint>
@@ -83,9 +85,9 @@ class Tape {
   std::optional<std::int64_t> match(SetId set, AcquireKind kind);
   void begin_pass() noexcept;
 
-  std::int64_t next_action = 0;   // absolute; the executor's
-  std::size_t next_initial = 0;   // into initial_pages; the executor's
-  std::uint64_t jumps = 0;        // acquires found further on
+  std::int64_t next_action = 0;    // absolute; the executor's
+  std::size_t next_initial = 0;    // into initial_pages; the executor's
+  std::uint64_t jumps = 0;         // acquires found further on
   std::uint64_t off_schedule = 0;  // acquires not found
 
  private:

@@ -14,19 +14,22 @@ namespace {
 constexpr std::uint64_t kChunkBytes = 64 * kMiB;
 }
 
-Spill::Spill(std::string directory, std::size_t page_bytes) : directory_(std::move(directory)), page_bytes_(page_bytes) {
+Spill::Spill(std::string directory, std::size_t page_bytes)
+    : directory_(std::move(directory)), page_bytes_(page_bytes) {
   TP_CHECK(page_bytes > 0 && kChunkBytes % page_bytes == 0);
 }
 
 std::uint64_t Spill::take_extent() {
   if (directory_.empty()) {
-    throw Error(ErrorKind::io, "a modified page must leave memory, but there is no spill directory; give one (store=)", ENOENT);
+    throw Error(ErrorKind::io, "a modified page must leave memory, but there is no spill directory; give one (store=)",
+                ENOENT);
   }
   if (!file_) file_ = File::open_spill(directory_, DirectPolicy::optional);
   if (free_.empty()) {
     file_->preallocate(end_bytes_, kChunkBytes);
     // Pushed in descending order, so that extents are taken in ascending order and writes run on.
-    for (std::uint64_t offset = kChunkBytes; offset > 0; offset -= page_bytes_) free_.push_back(end_bytes_ + offset - page_bytes_);
+    for (std::uint64_t offset = kChunkBytes; offset > 0; offset -= page_bytes_)
+      free_.push_back(end_bytes_ + offset - page_bytes_);
     end_bytes_ += kChunkBytes;
   }
   const std::uint64_t extent = free_.back();
@@ -45,7 +48,8 @@ const File& Spill::file() const {
   return *file_;
 }
 
-std::uint64_t page_checksum(const std::byte* bytes, std::size_t size_bytes, PageId page, std::uint32_t generation) noexcept {
+std::uint64_t page_checksum(const std::byte* bytes, std::size_t size_bytes, PageId page,
+                            std::uint32_t generation) noexcept {
   TP_DCHECK(bytes != nullptr && page.valid());
   const std::uint64_t seed = static_cast<std::uint64_t>(page.value) << 32 | generation;
   return XXH3_64bits_withSeed(bytes, size_bytes, seed);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where modified pages go: extents of one page each in an unlinked file, reused, made in preallocated chunks so that a full disk is met
-// before a byte is written. The file is opened at the first writeback; a directory that can't take it shows then.
+// Where modified pages go: extents of one page each in an unlinked file, reused, made in preallocated chunks so that a
+// full disk is met before a byte is written. The file is opened at the first writeback; a directory that can't take it
+// shows then.
 //
-// Threads: the executor thread. Blocking: opening and preallocating are. Errors: Error(io) naming directory, call and errno.
-// Volatile by contract: the content ends with the process. Checksums are in the page table, in RAM.
+// Threads: the executor thread. Blocking: opening and preallocating are. Errors: Error(io) naming directory, call and
+// errno. Volatile by contract: the content ends with the process. Checksums are in the page table, in RAM.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +36,7 @@ class Spill {
 };
 
 // XXH3-64 of a page's bytes, seeded with page and generation: a stale, swapped or misdirected page has another sum.
-std::uint64_t page_checksum(const std::byte* bytes, std::size_t size_bytes, PageId page, std::uint32_t generation) noexcept;
+std::uint64_t page_checksum(const std::byte* bytes, std::size_t size_bytes, PageId page,
+                            std::uint32_t generation) noexcept;
 
 }  // namespace tp

@@ -17,14 +17,17 @@ namespace {
 constexpr std::uint64_t kRequestBits = 8;
 static_assert(kPageBytesMax / kIoRequestBytesMax < (1u << kRequestBits));
 
-std::uint32_t round_up(std::uint32_t value, std::uint32_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::uint32_t round_up(std::uint32_t value, std::uint32_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 
 TransferQueue::TransferQueue(std::unique_ptr<IoQueue> queue, FramePool& pool)
     : queue_(std::move(queue)),
       pool_(pool),
-      requests_per_page_(static_cast<std::uint32_t>((pool.page_bytes() + kIoRequestBytesMax - 1) / kIoRequestBytesMax)) {
+      requests_per_page_(
+          static_cast<std::uint32_t>((pool.page_bytes() + kIoRequestBytesMax - 1) / kIoRequestBytesMax)) {
   TP_CHECK(queue_ != nullptr && queue_->depth() >= requests_per_page_);
   queue_->register_memory(pool.memory());
   // Registered memory is reached by its physical pages; any other through the process's own mapping.
@@ -60,8 +63,10 @@ void TransferQueue::start_page_in(PageId page, FrameId frame, const PageSource& 
   }
   TP_CHECK(source.file != nullptr && source.valid_bytes > 0);
   // Direct I/O reads whole blocks: the last page asks for more than the file has and gets what is there.
-  const std::uint32_t size = std::min(round_up(source.valid_bytes, source.file->align_bytes()), static_cast<std::uint32_t>(pool_.page_bytes()));
-  if (pool_.access(frame) != slot_access_ && pool_.access(frame) != SlotAccess::read_write) pool_.set_access(frame, slot_access_);
+  const std::uint32_t size = std::min(round_up(source.valid_bytes, source.file->align_bytes()),
+                                      static_cast<std::uint32_t>(pool_.page_bytes()));
+  if (pool_.access(frame) != slot_access_ && pool_.access(frame) != SlotAccess::read_write)
+    pool_.set_access(frame, slot_access_);
   submit_requests(index, IoOp::read, *source.file, source.offset_bytes, size);
 }
 
@@ -73,7 +78,8 @@ void TransferQueue::start_writeback(PageId page, FrameId frame, const File& file
   submit_requests(index, IoOp::write, file, offset_bytes, size);
 }
 
-void TransferQueue::submit_requests(std::size_t slot_index, IoOp op, const File& file, std::uint64_t offset_bytes, std::uint32_t size_bytes) {
+void TransferQueue::submit_requests(std::size_t slot_index, IoOp op, const File& file, std::uint64_t offset_bytes,
+                                    std::uint32_t size_bytes) {
   Slot& slot = slots_[slot_index];
   std::byte* memory = pool_.slot(slot.frame);
   const FileId io_file_id = io_file(file);
@@ -112,7 +118,8 @@ void TransferQueue::complete_request(const IoCompletion& completion, std::vector
   --requests_in_flight_;
   const std::uint64_t begin = request * kIoRequestBytesMax;
   // What this request must have brought: up to its own end or the end of what the backing has, whichever comes first.
-  const std::uint64_t must_have = std::min<std::uint64_t>(kIoRequestBytesMax, slot.source.valid_bytes > begin ? slot.source.valid_bytes - begin : 0);
+  const std::uint64_t must_have = std::min<std::uint64_t>(
+      kIoRequestBytesMax, slot.source.valid_bytes > begin ? slot.source.valid_bytes - begin : 0);
   if (completion.error != 0 && slot.error_number == 0) {
     slot.error_number = completion.error;
     slot.error_offset_bytes = slot.source.offset_bytes + begin;
@@ -139,9 +146,10 @@ std::optional<Error> TransferQueue::finish_page_in(Slot& slot) {
   if (source.backing == Backing::spill) {
     if (pool_.access(slot.frame) == SlotAccess::none) pool_.set_access(slot.frame, SlotAccess::read);
     if (page_checksum(bytes, pool_.page_bytes(), slot.page, source.generation) != source.checksum) {
-      return Error(ErrorKind::io, "page " + std::to_string(slot.page.value) + " came back from " + source.file->path() + " at offset " +
-                                      std::to_string(source.offset_bytes) +
-                                      " with another checksum than it left with: the drive or its driver returned wrong bytes",
+      return Error(ErrorKind::io,
+                   "page " + std::to_string(slot.page.value) + " came back from " + source.file->path() +
+                       " at offset " + std::to_string(source.offset_bytes) +
+                       " with another checksum than it left with: the drive or its driver returned wrong bytes",
                    EBADMSG);
     }
   } else if (source.valid_bytes < pool_.page_bytes()) {
@@ -153,17 +161,20 @@ std::optional<Error> TransferQueue::finish_page_in(Slot& slot) {
 }
 
 Error TransferQueue::describe(const Slot& slot) const {
-  const std::string where = slot.source.file->path() + " at offset " + std::to_string(slot.error_offset_bytes) + " (page " +
-                            std::to_string(slot.page.value) + ")";
+  const std::string where = slot.source.file->path() + " at offset " + std::to_string(slot.error_offset_bytes) +
+                            " (page " + std::to_string(slot.page.value) + ")";
   if (slot.file_ended_early) {
-    return Error(ErrorKind::io, where + ": the file ends there, but held more when it was opened; it was truncated or is being "
-                                        "rewritten. Restore it and load the model again",
+    return Error(ErrorKind::io,
+                 where +
+                     ": the file ends there, but held more when it was opened; it was truncated or is being "
+                     "rewritten. Restore it and load the model again",
                  EIO);
   }
   const char* what = slot.kind == TransferKind::page_in ? "reading " : "writing ";
   std::string message = what + where + " failed: " + describe_errno(slot.error_number);
   if (slot.error_number == EIO) message += "; the drive reports a fault (see the kernel log)";
-  if (slot.error_number == ENOSPC) message += "; the spill's file system is full: free space or name another directory (store=)";
+  if (slot.error_number == ENOSPC)
+    message += "; the spill's file system is full: free space or name another directory (store=)";
   return Error(ErrorKind::io, std::move(message), slot.error_number);
 }
 

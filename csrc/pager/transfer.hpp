@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moves pages between their backing and their frame. A transfer is one page: it is cut into requests of at most kIoRequestBytesMax,
-// all in flight at once, and is finished when every one of them is and every byte has been accounted for.
+// Moves pages between their backing and their frame. A transfer is one page: it is cut into requests of at most
+// kIoRequestBytesMax, all in flight at once, and is finished when every one of them is and every byte has been
+// accounted for.
 //
-// Who owns the frame. From start_*() until poll() has returned the transfer as finished, the frame's memory belongs to the transfer: it stands at
-//   its slot, no address of the model shows it, and nobody else reads, writes or moves it. Before and after, it is the executor's.
-// Threads: the executor thread. Blocking: poll() waits for a completion, a wake or the timeout; drain() until nothing is in flight.
-// Errors: a failed transfer is returned as such with an Error that names page, file and offset; the frame's content is then undefined.
+// Who owns the frame. From start_*() until poll() has returned the transfer as finished, the frame's memory belongs to
+// the transfer: it stands at
+//   its slot, no address of the model shows it, and nobody else reads, writes or moves it. Before and after, it is the
+//   executor's.
+// Threads: the executor thread. Blocking: poll() waits for a completion, a wake or the timeout; drain() until nothing
+// is in flight. Errors: a failed transfer is returned as such with an Error that names page, file and offset; the
+// frame's content is then undefined.
 //   start_*() throw nothing but Error(memory) from mprotect.
 #pragma once
 
@@ -70,7 +74,8 @@ class TransferQueue {
   };
   std::size_t take_slot();
   FileId io_file(const File& file);
-  void submit_requests(std::size_t slot_index, IoOp op, const File& file, std::uint64_t offset_bytes, std::uint32_t size_bytes);
+  void submit_requests(std::size_t slot_index, IoOp op, const File& file, std::uint64_t offset_bytes,
+                       std::uint32_t size_bytes);
   void complete_request(const IoCompletion& completion, std::vector<FinishedTransfer>& finished);
   std::optional<Error> finish_page_in(Slot& slot);
   Error describe(const Slot& slot) const;

@@ -107,7 +107,8 @@ TEST_F(AddressSpaceTest, discard_makes_every_page_absent) {
   space.reserve(1);
   space.map(pool, filled(5), PageId{0});
   space.discard();
-  EXPECT_EXIT(static_cast<void>(*const_cast<volatile std::byte*>(space.address(PageId{0}))), testing::KilledBySignal(SIGSEGV), "");
+  EXPECT_EXIT(static_cast<void>(*const_cast<volatile std::byte*>(space.address(PageId{0}))),
+              testing::KilledBySignal(SIGSEGV), "");
 }
 
 TEST_F(AddressSpaceTest, refuses_more_pages_than_ids_exist_for) {

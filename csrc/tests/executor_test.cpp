@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The executor against a shadow model: whatever the schedule says and whatever the clients do, every access sees its own bytes, no event
-// takes more than the budget, and nothing in use leaves. Files and spill lie in memory (/dev/shm), so that the test is bound by decisions.
+// The executor against a shadow model: whatever the schedule says and whatever the clients do, every access sees its
+// own bytes, no event takes more than the budget, and nothing in use leaves. Files and spill lie in memory (/dev/shm),
+// so that the test is bound by decisions.
 #include "pager/executor.hpp"
 
 #include <gtest/gtest.h>
@@ -84,7 +85,8 @@ class Shadow {
     return result;
   }
   std::byte* address(std::size_t page) const {
-    return page < region_.pages.count ? region_.address + page * kPage : spill_.address + (page - region_.pages.count) * kPage;
+    return page < region_.pages.count ? region_.address + page * kPage
+                                      : spill_.address + (page - region_.pages.count) * kPage;
   }
   std::uint64_t* words(std::size_t page) const { return reinterpret_cast<std::uint64_t*>(address(page)); }
   void check_page(std::size_t page) const {
@@ -93,7 +95,9 @@ class Shadow {
       ASSERT_EQ(words(page)[word], from_file ? pattern(page * kWordsPerPage + word, 3) : 0u) << "page " << page;
     }
     const auto written = written_.find(page);
-    const std::uint64_t first = written != written_.end() ? written->second : from_file ? pattern(page * kWordsPerPage, 3) : 0u;
+    const std::uint64_t first = written != written_.end() ? written->second
+                                : from_file               ? pattern(page * kWordsPerPage, 3)
+                                                          : 0u;
     ASSERT_EQ(words(page)[0], first) << "page " << page;
   }
   void write_page(std::size_t page, std::uint64_t value) {
@@ -132,8 +136,10 @@ void Shadow::set_random_schedule(Random& random) {
   const std::size_t steps = 1 + below(random, 20), actions = below(random, 30);
   std::vector<std::int32_t> initial, step, deadline, page_in, evict;
   step_set_.clear();
-  for (std::size_t i = 0; i < steps; ++i) step_set_.push_back(static_cast<std::int32_t>(sets_[below(random, sets_.size())].value));
-  for (std::size_t i = 0; i < below(random, pager_.frame_count() + 1); ++i) initial.push_back(static_cast<std::int32_t>(below(random, pages_)));
+  for (std::size_t i = 0; i < steps; ++i)
+    step_set_.push_back(static_cast<std::int32_t>(sets_[below(random, sets_.size())].value));
+  for (std::size_t i = 0; i < below(random, pager_.frame_count() + 1); ++i)
+    initial.push_back(static_cast<std::int32_t>(below(random, pages_)));
   for (std::size_t i = 0; i < actions; ++i) {
     step.push_back(static_cast<std::int32_t>(below(random, steps + 1)));
     deadline.push_back(static_cast<std::int32_t>(below(random, 2 * steps)));
@@ -212,7 +218,8 @@ TEST(Executor, many_threads_with_sets_and_raw_touches_see_the_right_bytes) {
         }
         const SetId set = pager.add_set({{region.address + page * kPage, 3 * kPage}}, "three");
         pager.acquire(set, {});
-        for (std::size_t p = page; p < page + 3; ++p) wrong += words[p * kWordsPerPage + 9] != pattern(p * kWordsPerPage + 9, 5);
+        for (std::size_t p = page; p < page + 3; ++p)
+          wrong += words[p * kWordsPerPage + 9] != pattern(p * kWordsPerPage + 9, 5);
         pager.release(set);
       }
     });
@@ -223,14 +230,16 @@ TEST(Executor, many_threads_with_sets_and_raw_touches_see_the_right_bytes) {
   EXPECT_EQ(pager.bytes_in_use_max(), 24 * kPage);
 }
 
-// A cyclic pass over 20 pages in 10 steps with 10 frames: six pages stay, fourteen stream, and each action's victim is free in time.
+// A cyclic pass over 20 pages in 10 steps with 10 frames: six pages stay, fourteen stream, and each action's victim is
+// free in time.
 TEST(Executor, follows_a_cyclic_schedule_without_a_fault_and_with_the_planned_bytes) {
   const PatternFile file(20 * kPage, 4, kMemoryDirectory);
   Pager pager(Shadow::options(10));
   const Region region = pager.map_file(file.path());
   std::vector<std::int32_t> step_set, initial, page_in, evict, step, deadline;
   for (std::size_t i = 0; i < 10; ++i) {
-    step_set.push_back(static_cast<std::int32_t>(pager.add_set({{region.address + 2 * i * kPage, 2 * kPage}}, "step").value));
+    step_set.push_back(
+        static_cast<std::int32_t>(pager.add_set({{region.address + 2 * i * kPage, 2 * kPage}}, "step").value));
   }
   for (std::int32_t page = 0; page < 10; ++page) initial.push_back(page);
   for (std::int32_t i = 0; i < 14; ++i) {

@@ -32,11 +32,14 @@ TEST(PageTable, a_page_in_passes_every_state_and_counts_as_resident) {
 
 TEST(PageTable, allows_exactly_the_transitions_of_the_life_of_a_page) {
   const std::pair<PageState, PageState> allowed[] = {
-      {PageState::absent, PageState::reading},     {PageState::absent, PageState::host},       {PageState::reading, PageState::host},
-      {PageState::reading, PageState::failed},     {PageState::host, PageState::absent},       {PageState::host, PageState::copying_in},
-      {PageState::host, PageState::writing},       {PageState::host, PageState::failed},       {PageState::copying_in, PageState::device},
-      {PageState::copying_in, PageState::failed},  {PageState::device, PageState::copying_out}, {PageState::copying_out, PageState::host},
-      {PageState::writing, PageState::absent},     {PageState::writing, PageState::host},      {PageState::failed, PageState::absent}};
+      {PageState::absent, PageState::reading},     {PageState::absent, PageState::host},
+      {PageState::reading, PageState::host},       {PageState::reading, PageState::failed},
+      {PageState::host, PageState::absent},        {PageState::host, PageState::copying_in},
+      {PageState::host, PageState::writing},       {PageState::host, PageState::failed},
+      {PageState::copying_in, PageState::device},  {PageState::copying_in, PageState::failed},
+      {PageState::device, PageState::copying_out}, {PageState::copying_out, PageState::host},
+      {PageState::writing, PageState::absent},     {PageState::writing, PageState::host},
+      {PageState::failed, PageState::absent}};
   std::size_t count = 0;
   for (std::size_t from = 0; from < kPageStateCount; ++from) {
     for (std::size_t to = 0; to < kPageStateCount; ++to) {

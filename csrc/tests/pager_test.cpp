@@ -213,7 +213,8 @@ TEST_P(PagerTest, a_dry_recording_pages_nothing_and_a_wet_one_pages) {
   const PatternFile file(4 * kPage);
   Pager pager(options(8));
   const Region region = pager.map_file(file.path());
-  const SetId a = pager.add_set({{region.address, kPage}}, "a"), b = pager.add_set({{region.address + kPage, kPage}}, "b");
+  const SetId a = pager.add_set({{region.address, kPage}}, "a"),
+              b = pager.add_set({{region.address + kPage, kPage}}, "b");
   const auto run = [&] {
     pager.acquire(a, {});
     pager.acquire(b, {});
@@ -261,7 +262,8 @@ TEST_P(PagerTest, a_file_that_shrinks_while_open_is_an_error_and_not_stale_bytes
   const PatternFile file(10 * kPage);
   Pager pager(options(8));
   const Region region = pager.map_file(file.path());
-  const SetId head = pager.add_set({{region.address, kPage}}, "head"), tail = pager.add_set({{region.address + 9 * kPage, kPage}}, "tail");
+  const SetId head = pager.add_set({{region.address, kPage}}, "head"),
+              tail = pager.add_set({{region.address + 9 * kPage, kPage}}, "tail");
   ASSERT_EQ(truncate(file.path().c_str(), 9 * kPage + 4096), 0);
   const Error error = error_of([&] { pager.acquire(tail, {}); });
   EXPECT_EQ(error.kind(), ErrorKind::io);
@@ -321,7 +323,8 @@ TEST_P(PagerTest, close_fails_those_who_wait_and_everything_after) {
       });
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(round * 3));
-    // Nobody may be reading through a raw pointer when the memory goes: the clients are between acquire and release only.
+    // Nobody may be reading through a raw pointer when the memory goes: the clients are between acquire and release
+    // only.
     pager.residency().set_schedule(nullptr);
     std::thread closer([&] {
       const std::lock_guard lock(pager.residency().mutex);
@@ -337,7 +340,8 @@ TEST_P(PagerTest, close_fails_those_who_wait_and_everything_after) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread"), [](const auto& engine) { return std::string(engine.param); });
+INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread"),
+                         [](const auto& engine) { return std::string(engine.param); });
 
 }  // namespace
 }  // namespace tp

@@ -13,8 +13,11 @@
 
 namespace tp::test {
 
-// Eight bytes that name their own index: a page shown at the wrong address, or a stale one, can't pass for the right one.
-inline std::uint64_t pattern(std::uint64_t word, std::uint64_t salt = 0) { return (word + salt * 0x10001) * 0x9e3779b97f4a7c15ull + 1; }
+// Eight bytes that name their own index: a page shown at the wrong address, or a stale one, can't pass for the right
+// one.
+inline std::uint64_t pattern(std::uint64_t word, std::uint64_t salt = 0) {
+  return (word + salt * 0x10001) * 0x9e3779b97f4a7c15ull + 1;
+}
 
 class PatternFile {
  public:
