@@ -58,13 +58,13 @@ class Pager:
 
         Beside the core's own (bytes_read, bytes_written, page_ins, faults, stalls, touches, resident_bytes_max, engine,
         ...): paged_tensors and paged_bytes (of the model), spill_reserved_bytes (the part of it that is in no
-        checkpoint), hit_rate (pages resident when a step acquired them, of all), and schedule: its certificate (see
+        checkpoint), hit_rate (page accesses that needed no page-in, of all), and schedule: its certificate (see
         plan.Schedule), or None. trace_failure and plan_failure say why there is none, or None.
         """
         director = self._director
         counters: dict[str, Any] = dict(self._core.stats())
         accesses = counters["page_accesses"]
-        counters["hit_rate"] = counters["page_accesses_resident"] / accesses if accesses else 0.0
+        counters["hit_rate"] = 1.0 - counters["page_ins"] / accesses if accesses else 0.0
         counters["page_bytes"] = self._core.page_bytes
         counters["paged_tensors"] = self._tensor_count
         counters["paged_bytes"] = self._paged_bytes
