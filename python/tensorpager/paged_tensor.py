@@ -39,6 +39,8 @@ Keywords = dict[str, Any]
 Handler = Callable[[Callable[..., Any], Arguments, Keywords], Any]
 
 _NoGuard = torch._C.DisableTorchFunctionSubclass
+# The same for one call, and twice as fast: (func, types, args, kwargs).
+_call_unguarded = torch._C._disabled_torch_function_impl
 
 
 class Backing:
@@ -193,15 +195,11 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
         held_bytes = hold_arguments(args, held, 0)
         if kwargs:
             hold_arguments(kwargs.values(), held, held_bytes)
-        with _NoGuard():
-            result = func(*args, **kwargs)
+        result = _call_unguarded(func, (), args, kwargs)
     finally:
         if held:
             release_all(held)
-    kind = type(result)
-    if kind is torch.Tensor or kind is tuple or kind is list:
-        return _keep_views_paged(result, args)
-    return result
+    return _keep_views_paged(result, args)
 
 
 def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args: Arguments, kwargs: Keywords) -> Any:
@@ -279,14 +277,11 @@ def _throw_if_closed(backing: Backing | None) -> None:
 
 
 def _pass_through(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    with _NoGuard():
-        return func(*args, **kwargs)
+    return _call_unguarded(func, (), args, kwargs)
 
 
 def _view(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    with _NoGuard():
-        result = func(*args, **kwargs)
-    return _keep_views_paged(result, args)
+    return _keep_views_paged(_call_unguarded(func, (), args, kwargs), args)
 
 
 def _is_contiguous(args: Arguments, kwargs: Keywords) -> bool:
