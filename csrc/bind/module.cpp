@@ -232,6 +232,8 @@ void bind_pager_paging(py::class_<Pager>& pager) {
            "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can "
            "hold at once: then "
            "nothing is pinned and every page comes in as it is touched.")
+      .def("prefetch", &Pager::prefetch, py::arg("set_id"), py::keep_alive<0, 1>(),
+           "Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.")
       .def("begin_pass", &Pager::begin_pass,
            "The model's root is entered: the schedule's position goes to the next start of its cycle.")
       .def(
@@ -243,6 +245,19 @@ void bind_pager_paging(py::class_<Pager>& pager) {
            "One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and "
            "index.")
       .def("clear_schedule", &Pager::clear_schedule);
+}
+
+void bind_ticket(py::module_& module) {
+  py::class_<tp::Ticket>(module, "Ticket", "An acquire under way. It holds its pages until release() or its end.")
+      .def_property_readonly("done", &tp::Ticket::done, "Whether wait() would return, or raise, at once.")
+      .def(
+          "wait",
+          [](tp::Ticket& self) {
+            const py::gil_scoped_release no_gil;
+            self.wait(interrupted());
+          },
+          "Wait until every page is resident. IoError, BudgetError, ClosedError, KeyboardInterrupt.")
+      .def("release", &tp::Ticket::release, "Let the pages go. Idempotent.");
 }
 
 void bind_pager_facts(py::class_<Pager>& pager) {
@@ -290,6 +305,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       .def_property_readonly("first_page", [](const tp::Region& self) { return self.pages.first; })
       .def_property_readonly("page_count", [](const tp::Region& self) { return self.pages.count; });
 
+  bind_ticket(module);
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager

@@ -139,33 +139,41 @@ bool Executor::decide() {
         Error(ErrorKind::closed, "the pager was closed while this access waited for its pages"));
     return false;
   }
-  serve_waiters(false);
+  serve_waiters(Purpose::demand, false);
   const Follow outcome = follow_schedule();
   // Pages that the schedule brings next, but can't (a victim still in use, off schedule): then on demand like any
   // other.
-  if (outcome == Follow::blocked) serve_waiters(true);
+  if (outcome == Follow::blocked) serve_waiters(Purpose::demand, true);
+  serve_waiters(Purpose::prefetch, true);
   residency_.hungry = outcome == Follow::blocked || outcome == Follow::idle;
   return true;
 }
 
-void Executor::serve_waiters(bool also_scheduled) {
+void Executor::serve_waiters(Purpose purpose, bool also_scheduled) {
   for (Waiter* waiter = residency_.waiters; waiter != nullptr;) {
-    Waiter* next = waiter->next;
-    for (const PageId page : waiter->pages) {
-      if (residency_.table.at(page).state != PageState::absent) continue;
-      if (!also_scheduled && scheduled_soon(page, waiter->step)) continue;
-      const Start outcome = start_page_in(page, Purpose::demand, PageId{}, kAnyUse);
-      if (outcome == Start::no_room) return;
-      if (outcome == Start::started) continue;
-      if (transfers_->in_flight() > 0 || !jobs_.empty()) return;  // a frame will come free
-      residency_.fail_waiter(*waiter, spill_error_ ? *spill_error_
-                                                   : Error(ErrorKind::budget,
-                                                           "every frame of the budget is in use by open steps; "
-                                                           "give a larger budget or use fewer threads"));
-      break;
-    }
+    Waiter* next = waiter->next;  // serving may fail the waiter and take it off the list
+    const bool of_this_purpose = waiter->prefetch == (purpose == Purpose::prefetch);
+    if (of_this_purpose && !serve_waiter(*waiter, purpose, also_scheduled)) return;
     waiter = next;
   }
+}
+
+// False when nothing more can be started in this round.
+bool Executor::serve_waiter(Waiter& waiter, Purpose purpose, bool also_scheduled) {
+  for (const PageId page : waiter.pages) {
+    if (residency_.table.at(page).state != PageState::absent) continue;
+    if (!also_scheduled && scheduled_soon(page, waiter.step)) continue;
+    const Start outcome = start_page_in(page, purpose, PageId{}, kAnyUse);
+    if (outcome == Start::no_room) return false;
+    if (outcome == Start::started) continue;
+    if (transfers_->in_flight() > 0 || !jobs_.empty()) return false;  // a frame will come free
+    residency_.fail_waiter(waiter, spill_error_ ? *spill_error_
+                                                : Error(ErrorKind::budget,
+                                                        "every frame of the budget is in use by open steps; "
+                                                        "give a larger budget or use fewer threads"));
+    break;
+  }
+  return true;
 }
 
 bool Executor::scheduled_soon(PageId page, std::int64_t step) const {

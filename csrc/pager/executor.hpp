@@ -82,7 +82,8 @@ class Executor {
   void run(std::function<void(std::exception_ptr)> ready);
   bool round();
   bool decide();  // false once the pager is closing
-  void serve_waiters(bool also_scheduled);
+  void serve_waiters(Purpose purpose, bool also_scheduled);
+  bool serve_waiter(Waiter& waiter, Purpose purpose, bool also_scheduled);
   bool scheduled_soon(PageId page, std::int64_t step) const;
   Follow follow_schedule();
   Follow follow_initial();

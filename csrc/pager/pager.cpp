@@ -228,6 +228,11 @@ std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupte
   return id;
 }
 
+std::unique_ptr<Ticket> Pager::prefetch(SetId id) {
+  throw_if_unusable();
+  return std::make_unique<Ticket>(*residency_, id);
+}
+
 void Pager::begin_pass() {
   throw_if_unusable();
   if (!recorder_.off() && recorder_.dry()) return;

@@ -23,6 +23,7 @@
 #include "pager/executor.hpp"
 #include "pager/recorder.hpp"
 #include "pager/residency.hpp"
+#include "pager/ticket.hpp"
 
 namespace tp {
 
@@ -67,6 +68,8 @@ class Pager {
   // acquire() for a byte range outside of any step. Nothing when it is more than the budget can hold: then pages come
   // in as they are touched.
   std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted);
+  // acquire() that does not wait: the ticket holds the pages and tells when they are there.
+  std::unique_ptr<Ticket> prefetch(SetId id);
   void begin_pass();
 
   Recorder& recorder() noexcept { return recorder_; }

@@ -137,25 +137,33 @@ void Residency::acquire(SetId id, AcquireKind kind, const Interrupted& interrupt
   wake_if_hungry();
 }
 
-void Residency::wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted) {
-  const std::uint64_t begin_ns = monotonic_ns();
-  ++counts.stalls;
-  ring_.add(EventKind::stall_begin, -1, -1, waiter.step, -1);
+void Residency::enlist(Waiter& waiter) {
   Waiter** tail = &waiters;
   while (*tail != nullptr) tail = &(*tail)->next;
   *tail = &waiter;
   wake();
+}
+
+void Residency::wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted) {
+  enlist(waiter);
+  try {
+    await(waiter, lock, interrupted);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    if (waiter.outcome.load(std::memory_order_acquire) == kWaiting) unlink(waiter);
+    throw;
+  }
+}
+
+// Until the waiter's outcome is known. Leaves it on the list when `interrupted` throws: it may go on waiting.
+void Residency::await(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted) {
+  const std::uint64_t begin_ns = monotonic_ns();
+  ++counts.stalls;
+  ring_.add(EventKind::stall_begin, -1, -1, waiter.step, -1);
   lock.unlock();
   while (waiter.outcome.load(std::memory_order_acquire) == kWaiting) {
     futex_wait(waiter.outcome, kWaiting);
-    if (!interrupted || waiter.outcome.load(std::memory_order_acquire) != kWaiting) continue;
-    try {
-      interrupted();
-    } catch (...) {
-      lock.lock();
-      if (waiter.outcome.load(std::memory_order_acquire) == kWaiting) unlink(waiter);
-      throw;
-    }
+    if (interrupted && waiter.outcome.load(std::memory_order_acquire) == kWaiting) interrupted();
   }
   lock.lock();
   counts.stall_ns += monotonic_ns() - begin_ns;
@@ -163,6 +171,39 @@ void Residency::wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const I
   if (waiter.outcome.load(std::memory_order_acquire) == kFailed) {
     throw Error(waiter.error_kind, waiter.error_message, waiter.error_number);
   }
+}
+
+void Residency::begin_ticket(SetId id, Waiter& waiter) {
+  const std::lock_guard lock(mutex);
+  throw_if_closing();
+  if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
+  const PageSet& set = *sets_[id.value];
+  pin_all(set);
+  waiter.pages = set.pages;
+  for (const PageId page : set.pages) waiter.missing += !table.resident(page);
+  if (waiter.missing == 0) {
+    waiter.outcome.store(kResident, std::memory_order_release);
+  } else {
+    enlist(waiter);
+  }
+}
+
+void Residency::finish_ticket(Waiter& waiter, const Interrupted& interrupted) {
+  std::unique_lock lock(mutex);
+  if (waiter.outcome.load(std::memory_order_acquire) == kResident) return;
+  if (waiter.prefetch && waiter.outcome.load(std::memory_order_acquire) == kWaiting) {
+    waiter.prefetch = false;  // somebody waits now: it is demand
+    wake();
+  }
+  await(waiter, lock, interrupted);
+}
+
+void Residency::end_ticket(SetId id, Waiter& waiter) noexcept {
+  const std::lock_guard lock(mutex);
+  TP_CHECK(id.value < sets_.size());
+  if (waiter.outcome.load(std::memory_order_acquire) == kWaiting) unlink(waiter);
+  unpin_all(*sets_[id.value]);
+  wake_if_hungry();
 }
 
 void Residency::release(SetId id) {

@@ -66,6 +66,7 @@ struct Waiter {
   std::span<const PageId> pages;  // ascending
   std::int64_t step = -1;         // absolute, -1: off schedule
   std::uint32_t missing = 0;
+  bool prefetch = false;                  // a ticket: served after demand
   std::atomic<std::uint32_t> outcome{0};  // 0: waits; 1: all resident; 2: failed (residency has the error)
   ErrorKind error_kind = ErrorKind::io;
   int error_number = 0;
@@ -86,6 +87,10 @@ class Residency {
   std::size_t set_count() const;
   void acquire(SetId id, AcquireKind kind, const Interrupted& interrupted);
   void release(SetId id);
+  // The three moments of a Ticket. end_ticket takes the waiter off the list if it still waits.
+  void begin_ticket(SetId id, Waiter& waiter);
+  void finish_ticket(Waiter& waiter, const Interrupted& interrupted);
+  void end_ticket(SetId id, Waiter& waiter) noexcept;
   bool try_fit(std::size_t page_count) const;  // could so many pages be pinned now?
   // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
   bool touch(PageId page, bool write, const char** reason) noexcept;
@@ -126,7 +131,9 @@ class Residency {
   void throw_if_closing() const;
   void pin_all(const PageSet& set);
   void unpin_all(const PageSet& set);
+  void enlist(Waiter& waiter);
   void wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted);
+  void await(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted);
   void unlink(Waiter& waiter);
   void wake_if_hungry();
   const char* keep_message(std::string message);

@@ -209,6 +209,31 @@ TEST_P(PagerTest, hold_takes_any_range_and_declines_what_can_not_be_held) {
   EXPECT_EQ(error_of([&] { pager.hold({region.address + 30 * kPage, 8}, {}); }).kind(), ErrorKind::invalid);
 }
 
+TEST_P(PagerTest, a_ticket_brings_pages_in_while_the_caller_goes_on_and_holds_them) {
+  const PatternFile file(20 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  const SetId set = pager.add_set({{region.address, 4 * kPage}}, "set");
+  {
+    const std::unique_ptr<Ticket> ticket = pager.prefetch(set);
+    EXPECT_EQ(pager.residency().pinned_pages(), 4u);
+    ticket->wait({});
+    EXPECT_TRUE(ticket->done());
+    for (std::size_t page = 0; page < 4; ++page)
+      EXPECT_EQ(words(region)[page * kWordsPerPage], pattern(page * kWordsPerPage));
+    EXPECT_TRUE(pager.prefetch(set)->done());  // nothing to wait for; its own pins end with it
+    EXPECT_EQ(pager.residency().pinned_pages(), 4u);
+    const SetId more = pager.add_set({{region.address + 8 * kPage, kPage}}, "more");
+    EXPECT_EQ(error_of([&] { pager.prefetch(more); }).kind(), ErrorKind::budget);
+  }
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  for (int round = 0; round < 20; ++round) {  // dropped at any moment of the transfer
+    pager.prefetch(pager.add_set({{region.address + round % 16 * kPage, 4 * kPage}}, "dropped"));
+  }
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  EXPECT_EQ(pager.residency().counters().failures, 0u);
+}
+
 TEST_P(PagerTest, a_dry_recording_pages_nothing_and_a_wet_one_pages) {
   const PatternFile file(4 * kPage);
   Pager pager(options(8));
