@@ -55,6 +55,12 @@ class PassDirector:
         self.plan_failure: str | None = None
         self.plan_count = 0
 
+    @property
+    def events(self) -> npt.NDArray[np.int32] | None:
+        """The recorded pass whose schedule the core follows (see `_core.Pager.record_end`), or None."""
+        current = self._current
+        return None if current is None else np.frombuffer(current, np.int32)
+
     def enter(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
         """The root module is called. Nested calls belong to the outermost one's pass."""
         frames = self._open.frames
@@ -125,8 +131,13 @@ class PassDirector:
         core = self._core
         pages = {int(set_id): core.set_pages(int(set_id)) for set_id in np.unique(np.abs(events)) - 1}
         key = events.tobytes()
+        self._schedules[key] = None
         try:
             steps = steps_from_events(events, pages)
+        except ValueError as error:  # another thread's open steps, or a hold that did not fit: not a whole pass
+            self.plan_failure = str(error)
+            return
+        try:
             schedule = plan(
                 steps,
                 frame_count=core.frame_count,
@@ -136,7 +147,6 @@ class PassDirector:
             )
         except BudgetError as error:  # acquire() raises it at that very step, or the step is not taken after all
             self.plan_failure = str(error)
-            self._schedules[key] = None
             return
         self.plan_count += 1
         self._schedules[key] = schedule

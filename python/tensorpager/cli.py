@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `tensorpager` command: `doctor` says what this machine offers, `demo` pages a model larger than its budget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from tensorpager import __version__
+from tensorpager.errors import TensorPagerError
+
+__all__ = ["main"]
+
+MARKS = {"ok": "+", "limited": "~", "absent": "-"}
+DETAIL_COLUMN = 28
+
+
+def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:
+    """Run one command; returns the exit status. 2: wrong arguments, or an error with its message on stderr."""
+    out = sys.stdout if out is None else out
+    options = _parser().parse_args(arguments)
+    try:
+        return _doctor(options, out) if options.command == "doctor" else _demo(options, out)
+    except (TensorPagerError, OSError, ValueError, RuntimeError, ImportError) as error:
+        print(f"tensorpager {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tensorpager", description="Virtual memory for tensors.")
+    parser.add_argument("--version", action="version", version=f"tensorpager {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine offers for paging, and why",
+        description="What this machine offers for paging, and why. Exit status 0 when paging can work here, else 1.",
+    )
+    doctor.add_argument("directory", nargs="*", help="where checkpoints and spill would live (default: here)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    demo = commands.add_parser(
+        "demo",
+        help="run a model several times larger than its budget, and check every bit of the output",
+        description="Makes a Llama-architecture checkpoint once, runs prompt and generation under each budget in a process "
+        "of its own, and checks tokens and logits against the unpaged model bit for bit. Exit status 0 when all agree.",
+    )
+    demo.add_argument("--directory", default=".demo", help="for the checkpoint and the results (default: .demo)")
+    demo.add_argument("--size", default="3.4GB", help="of the checkpoint that is made (default: 3.4GB)")
+    demo.add_argument("--model", help="a local transformers checkpoint, instead of making one")
+    demo.add_argument(
+        "--budget", action="append", help="a size, or a share of the model: 1GiB, 25%% (repeatable; default: 50%% and 25%%)"
+    )
+    demo.add_argument("--tokens", type=int, default=24, help="to generate (default: 24)")
+    demo.add_argument("--engine", default="auto", help="auto, uring or pread (default: auto)")
+    return parser
+
+
+def _doctor(options: argparse.Namespace, out: TextIO) -> int:
+    from tensorpager.doctor import examine
+
+    report = examine(options.directory or ["."])
+    if options.json:
+        json.dump(report.as_dict(), out, indent=2)
+        out.write("\n")
+        return 0 if report.can_page else 1
+    for finding in report.findings:
+        label = finding.name if finding.topic in ("memory", "system", "gpu") else f"{finding.topic} {finding.name}"
+        out.write(f"{MARKS[finding.verdict]} {label:<{DETAIL_COLUMN - 3}} {finding.value}\n")
+        if finding.detail:
+            out.write(f"{'':{DETAIL_COLUMN}}{finding.detail}\n")
+    out.write("\nPaging works here.\n" if report.can_page else "\nPaging can't work here; see the lines marked '-'.\n")
+    return 0 if report.can_page else 1
+
+
+def _demo(options: argparse.Namespace, out: TextIO) -> int:
+    from tensorpager.demo import DemoOptions, run_demo
+
+    return run_demo(
+        DemoOptions(
+            directory=options.directory,
+            size=options.size,
+            model=options.model,
+            budgets=tuple(options.budget or ("50%", "25%")),
+            tokens=options.tokens,
+            engine=options.engine,
+        ),
+        out,
+    )
