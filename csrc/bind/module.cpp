@@ -123,7 +123,8 @@ py::array_t<std::int32_t> record_end(Pager& pager) {
   return py::array_t<std::int32_t>(static_cast<py::ssize_t>(events.size()), events.data());
 }
 
-py::array_t<tp::Event> events(const Pager& pager) {
+// Not array_t in the signature: its text would name a C++ type, which the generated stub can't express.
+py::array events(const Pager& pager) {
   const std::vector<tp::Event> snapshot = pager.residency().events();
   return py::array_t<tp::Event>(static_cast<py::ssize_t>(snapshot.size()), snapshot.data());
 }
