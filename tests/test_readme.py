@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's example runs as printed, and its promises come with figures."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def code_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_first_example_runs_as_printed() -> None:
+    example = code_blocks()[0]
+    assert len(example.strip().splitlines()) <= 15
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = re.search(r"at most (\d+) MiB resident, (\d+)% hits, (\d+) faults", done.stdout)
+    assert printed is not None, done.stdout
+    resident_mib, hits_percent, faults = map(int, printed.groups())
+    assert resident_mib <= 128
+    # 194 pages in 64 frames: nothing like LRU's none.
+    assert hits_percent >= 20
+    assert faults == 0
+
+
+def test_every_figure_names_the_command_that_made_it() -> None:
+    measured = README.read_text().split("## Measured")[1].split("\n## ")[0]
+    assert "make bench" in measured
+    assert "make demo" in measured
+    assert "|" in measured
