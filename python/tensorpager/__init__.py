@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tensorpager: virtual memory for tensors. A model's weights live on disk; a fixed budget of RAM holds what is needed next.
+"""Virtual memory for tensors: a model's weights live on disk, and a fixed budget of RAM holds what is needed next.
 
     import tensorpager as tp
 
@@ -65,7 +65,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
-        raise AttributeError(f"module 'tensorpager' has no attribute '{name}'")
+        msg = f"module 'tensorpager' has no attribute '{name}'"
+        raise AttributeError(msg)
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -68,6 +68,7 @@ class Pager:
     page_bytes: int
     page_count: int
     frame_count: int
+    pinnable_page_count: int
     budget_bytes: int
     def resident_pages(self) -> npt.NDArray[np.bool_]: ...
     def page_states(self) -> npt.NDArray[np.uint8]: ...

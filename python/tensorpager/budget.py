@@ -31,10 +31,12 @@ def parse_bytes(size: int | str) -> int:
     beyond 2**60; TypeError for anything else than an int or a str.
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(f"a size is a number of bytes or a text such as '1GiB', not {type(size).__name__}")
+        msg = f"a size is a number of bytes or a text such as '1GiB', not {type(size).__name__}"
+        raise TypeError(msg)
     size_bytes = size if isinstance(size, int) else _parse_text(size)
     if not 0 < size_bytes <= _BYTES_MAX:
-        raise ValueError(f"the size {size!r} is {size_bytes} bytes; it must lie between 1 byte and 2**60 bytes")
+        msg = f"the size {size!r} is {size_bytes} bytes; it must lie between 1 byte and 2**60 bytes"
+        raise ValueError(msg)
     return size_bytes
 
 
@@ -42,12 +44,13 @@ def _parse_text(text: str) -> int:
     match = _PATTERN.fullmatch(text)
     unit = match[2].lower() if match is not None else None
     if match is None or unit not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write for example '1GiB', '512MiB', '1.5GB' or a number of bytes")
+        msg = f"{text!r} is not a size; write for example '1GiB', '512MiB', '1.5GB' or a number of bytes"
+        raise ValueError(msg)
     return int(Fraction(match[1]) * _UNITS[unit])
 
 
 def format_bytes(size_bytes: int) -> str:
-    """A size for messages: whole bytes below 1 KiB, else one decimal of the largest binary unit that is not above it."""
+    """A size for messages: whole bytes below 1 KiB, else one decimal of the largest fitting binary unit."""
     if size_bytes < 2**10:
         return f"{size_bytes} B"
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch's functions do with the bytes of a tensor: nothing, share them, convert them, hand out their address, or read them.
+"""What torch's functions do with a tensor's bytes: nothing, share, convert, hand out the address, or read them.
 
 The guard looks a function up here. One that is in no table reads its arguments, which is always a safe assumption: it
 costs a page-in at most. Names that this torch lacks are skipped, so one table serves every version.
@@ -25,19 +25,19 @@ _WRITING_ATTRIBUTES = frozenset({"data", "real", "imag"})
 _METADATA_METHODS = (
     "__dir__ __len__ _has_symbolic_sizes_strides _is_view _is_zerotensor dim dim_order element_size get_device "
     "has_names is_complex is_conj is_contiguous is_distributed is_floating_point is_inference is_neg is_pinned "
-    "is_same_size is_set_to is_shared is_signed ndimension nelement new_empty new_empty_strided new_full new_ones new_zeros "
-    "numel register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset "
+    "is_same_size is_set_to is_shared is_signed ndimension nelement new_empty new_empty_strided new_full new_ones "
+    "new_zeros numel register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset "
     "stride sym_numel unregister_hook"
 )
 _METADATA_FUNCTIONS = (
-    "can_cast empty_like full_like is_complex is_conj is_distributed is_floating_point is_inference is_neg is_same_size "
-    "is_signed numel ones_like promote_types rand_like randint_like randn_like result_type zeros_like"
+    "can_cast empty_like full_like is_complex is_conj is_distributed is_floating_point is_inference is_neg "
+    "is_same_size is_signed numel ones_like promote_types rand_like randint_like randn_like result_type zeros_like"
 )
 _VIEW_METHODS = (
-    "adjoint alias as_strided chunk detach detach_ diagonal dsplit expand expand_as hsplit moveaxis movedim narrow permute "
-    "resolve_conj resolve_neg select split split_with_sizes squeeze squeeze_ swapaxes swapaxes_ swapdims swapdims_ t t_ "
-    "tensor_split transpose transpose_ unbind unflatten unfold unsqueeze unsqueeze_ unsafe_chunk unsafe_split view view_as "
-    "view_as_complex view_as_real vsplit"
+    "adjoint alias as_strided chunk detach detach_ diagonal dsplit expand expand_as hsplit moveaxis movedim narrow "
+    "permute resolve_conj resolve_neg select split split_with_sizes squeeze squeeze_ swapaxes swapaxes_ swapdims "
+    "swapdims_ t t_ tensor_split transpose transpose_ unbind unflatten unfold unsqueeze unsqueeze_ unsafe_chunk "
+    "unsafe_split view view_as view_as_complex view_as_real vsplit"
 )
 _VIEW_IF_CONTIGUOUS_METHODS = "contiguous flatten ravel reshape reshape_as"
 _CONVERSION_METHODS = "bfloat16 bool byte char cpu cuda double float half int long short to type type_as"

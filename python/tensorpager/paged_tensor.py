@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
     from tensorpager.windows import Window
 
-__all__ = ["Backing", "PagedTensor", "Tracer", "make_paged", "hold_arguments", "ordinary_copy", "reads_bytes", "release_all", "set_tracer", "span_of"]
+__all__ = [
+    "Backing",
+    "PagedTensor",
+    "Tracer",
+    "hold_arguments",
+    "make_paged",
+    "ordinary_copy",
+    "reads_bytes",
+    "release_all",
+    "set_tracer",
+    "span_of",
+]
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -68,7 +79,8 @@ class Tracer(Protocol):
 
     thread_id: int
 
-    def run(self, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any: ...
+    def run(self, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+        """What the function call gives."""
 
 
 _tracer: Tracer | None = None
@@ -76,7 +88,7 @@ _tracer: Tracer | None = None
 
 def set_tracer(tracer: Tracer | None) -> None:
     """Route guarded functions of the tracer's thread to it; None ends that. One tracer at a time (see trace.py)."""
-    global _tracer
+    global _tracer  # noqa: PLW0603 (read on every guarded call: a plain global is the fastest there is)
     _tracer = tracer
 
 
@@ -110,16 +122,18 @@ class PagedTensor(torch.Tensor):
         return _guarded(func, args, kwargs or {})
 
 
-def make_paged(plain: torch.Tensor, backing: Backing, *, parameter: bool = False, requires_grad: bool = False) -> PagedTensor:
+def make_paged(
+    plain: torch.Tensor, backing: Backing, *, parameter: bool = False, requires_grad: bool = False
+) -> PagedTensor:
     """Wrap a plain tensor over the address space of backing.core; a parameter if asked for. Reads nothing.
 
     requires_grad needs a floating or complex dtype, as in torch.
     """
-    paged: PagedTensor = torch.Tensor._make_subclass(PagedTensor, plain, requires_grad)
+    paged = torch.Tensor._make_subclass(PagedTensor, plain, requires_grad)
     paged._tp_backing = backing
     paged._tp_span = span_of(plain)
     if parameter:
-        paged._is_param = True  # type: ignore[attr-defined]
+        paged._is_param = True
     return paged
 
 
@@ -267,13 +281,14 @@ def _first_backing(values: Any) -> Backing | None:
 
 def _throw_if_closed(backing: Backing | None) -> None:
     if backing is not None and backing.core.closed:
-        raise ClosedError(
+        msg = (
             f"'{backing.name}' was used after Pager.close(): its bytes are gone from memory. "
             "Load the model again, or close the pager later"
         )
+        raise ClosedError(msg)
 
 
-# -- handlers of functions that need something else than _guarded --------------------------------------------------------
+# -- handlers of functions that need something else than _guarded ------------------------------------------------------
 
 
 def _pass_through(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -324,7 +339,7 @@ def _convert(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
 
 
 def _address(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """Raw memory: it traps while it is absent, which is right but for system calls; after close() it must not be had."""
+    """Raw memory: absent, it traps, which is right but for system calls. After close() it must not be had."""
     tensor = args[0]
     _throw_if_closed(tensor._tp_backing)
     if func is torch.Tensor.data_ptr:
@@ -347,10 +362,11 @@ def _copy_for_safetensors(tensor: PagedTensor) -> torch.Tensor | None:
     writer = frame.f_back
     keep_alive = writer.f_locals.get("keep_alive_buffer") if writer is not None else None
     if not isinstance(keep_alive, list):
-        raise PagedTensorError(
+        msg = (
             "this version of safetensors keeps the tensors it writes in another place than versions 0.3 to 0.8 do; "
             "save copies instead: {name: tensor.clone() for name, tensor in model.state_dict().items()}"
         )
+        raise PagedTensorError(msg)
     keep_alive.append(copy)
     return copy
 
@@ -381,12 +397,13 @@ def _refuse_replacement(tensor: PagedTensor, value: torch.Tensor) -> None:
         if stays or value.numel() == 0:
             return
         assert backing is not None
-        raise PagedTensorError(
-            f"'{backing.name}' is paged at a permanent address as {tensor.dtype} on {tensor.device}; it can't be replaced by a "
-            f"tensor of {value.dtype} on {value.device}. To change dtype or device, give dtype= to from_pretrained(), or "
-            "convert the model before page(), or close the pager and load the model again. To change values, use "
-            "p.data.copy_(values)"
+        msg = (
+            f"'{backing.name}' is paged at a permanent address as {tensor.dtype} on {tensor.device}; it can't be "
+            f"replaced by a tensor of {value.dtype} on {value.device}. To change dtype or device, give dtype= to "
+            "from_pretrained(), or convert the model before page(), or close the pager and load the model again. To "
+            "change values, use p.data.copy_(values)"
         )
+        raise PagedTensorError(msg)
 
 
 def _refuse_move(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -394,10 +411,11 @@ def _refuse_move(func: Callable[..., Any], args: Arguments, kwargs: Keywords) ->
     if type(tensor) is not PagedTensor or tensor._tp_backing is None:
         return _guarded(func, args, kwargs)
     name = getattr(func, "__name__", "this operation")
-    raise PagedTensorError(
-        f"'{tensor._tp_backing.name}': {name}() would give the tensor other memory, but a paged tensor has one address for "
-        "life. Work on a copy (.clone()); worker processes can load the model on their own"
+    msg = (
+        f"'{tensor._tp_backing.name}': {name}() would give the tensor other memory, but a paged tensor has one address "
+        "for life. Work on a copy (.clone()); worker processes can load the model on their own"
     )
+    raise PagedTensorError(msg)
 
 
 def _to_numpy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -430,8 +448,8 @@ def _deepcopy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> An
     return copy
 
 
-def _reduce(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    return ordinary_copy(args[0]).__reduce_ex__(*args[1:], **kwargs)
+def _reduce(_func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return ordinary_copy(args[0]).__reduce_ex__(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,28 +14,31 @@ import numpy.typing as npt
 import torch
 
 from tensorpager.budget import format_bytes, parse_bytes
-from tensorpager.errors import BudgetError, PagedTensorError
-from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, span_of
+from tensorpager.errors import BudgetError
+from tensorpager.moving import collect, move_group
+from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
-from tensorpager.spill import SpillArena, aligned_size, choose_directory, copy_into, dense_strides, tensor_at
+from tensorpager.spill import SpillArena, aligned_size, choose_directory
 from tensorpager.windows import EnterHook, LeaveHook, Window
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from tensorpager._core import Pager as Core
 
 __all__ = ["Pager", "install", "make_core", "page"]
-
-Owners = list[tuple[torch.nn.Module, str]]
 
 
 class Pager:
     """What pages one model. Lives as long as the model, its tensors, or a reference to it; no cycle keeps any alive.
 
-    A context manager that closes at the end. Copies of the model (`copy.deepcopy`, pickle) are ordinary models; a copied
-    Pager is None. Threads: every method from any thread.
+    A context manager that closes at the end. Copies of the model (`copy.deepcopy`, pickle) are ordinary models; a
+    copied Pager is None. Threads: every method from any thread.
     """
 
-    def __init__(self, core: Core, director: PassDirector, paged_bytes: int, tensor_count: int, spilled_bytes: int) -> None:
+    def __init__(
+        self, core: Core, director: PassDirector, paged_bytes: int, tensor_count: int, spilled_bytes: int
+    ) -> None:
         self._core = core
         self._director = director
         self._paged_bytes = paged_bytes
@@ -95,17 +97,21 @@ class Pager:
         self._core.reset_stats()
 
     def trace(self, path: str | os.PathLike[str] | None = None) -> npt.NDArray[np.void]:
-        """The last events, oldest first; with a path also written there for Perfetto (JSON of Chrome traces, mode 0600).
+        """The last events, oldest first; given a path, also written there for Perfetto.
 
-        Fields: time_ns, kind (index into `_core.EVENT_KINDS`), page, frame, step, set, thread.
+        The file is JSON in Chrome's trace format, mode 0600. Fields of an event: time_ns, kind (index
+        into `_core.EVENT_KINDS`), page, frame, step, set, thread.
         """
         events = self._core.events()
         if path is not None:
             from tensorpager.timeline import chrome_trace
 
+            names = {
+                int(number): self._core.set_name(int(number)) for number in np.unique(events["set"]) if number >= 0
+            }
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(chrome_trace(events, page_bytes=self._core.page_bytes), file)
+                json.dump(chrome_trace(events, page_bytes=self._core.page_bytes, set_names=names), file)
         return events
 
     def close(self) -> None:
@@ -115,7 +121,7 @@ class Pager:
         """
         self._core.close()
 
-    def __enter__(self) -> Pager:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -175,7 +181,7 @@ def page(
     parameter that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged);
     IoError, EngineError, MemoryMapError, ValueError.
     """
-    groups = _collect(model)
+    groups = collect(model)
     core = make_core(budget, store, engine, page_bytes)
     try:
         arena = SpillArena(core)
@@ -190,7 +196,7 @@ def page(
         paged_bytes = sum(group.size_bytes for group in groups)
         tensor_count = 0
         while groups:
-            tensor_count += _move_group(core, groups.pop(0))
+            tensor_count += move_group(core, groups.pop(0))
     except BaseException:
         core.close()
         raise
@@ -206,137 +212,7 @@ def install(model: torch.nn.Module, core: Core, spilled_bytes: int) -> Pager:
     return _attach(model, core, windows, paged_bytes, len(paged), spilled_bytes)
 
 
-# -- collecting what is to be paged --------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Slot:
-    """One parameter and every place in the model that has it."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    owners: Owners
-    offset_bytes: int = 0  # in its group
-    size_bytes: int = 0
-
-
-@dataclass
-class _Group:
-    """Parameters that share memory: they move together and overlap as before."""
-
-    slots: list[_Slot]
-    size_bytes: int = 0
-    address: int = 0
-
-
-def _collect(model: torch.nn.Module) -> list[_Group]:
-    slots: dict[int, _Slot] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            slot = slots.get(id(parameter))
-            if slot is None:
-                full_name = f"{module_name}.{name}" if module_name else name
-                _refuse_unpageable(full_name, parameter)
-                slot = slots[id(parameter)] = _Slot(full_name, parameter, [])
-            slot.owners.append((module, name))
-    by_storage: dict[int, list[_Slot]] = {}
-    for slot in slots.values():
-        if slot.parameter.numel() > 0:
-            by_storage.setdefault(slot.parameter.untyped_storage()._cdata, []).append(slot)
-    if not by_storage:
-        raise PagedTensorError(f"{type(model).__name__} has no parameters to page")
-    return [group for sharing in by_storage.values() for group in _overlapping(sharing)]
-
-
-def _refuse_unpageable(name: str, parameter: torch.nn.Parameter) -> None:
-    kind = type(parameter)
-    why = None
-    if kind is PagedTensor:
-        why = "is paged already"
-    elif kind is not torch.nn.Parameter:
-        why = f"is of the subclass {kind.__name__}, whose memory is its own business; page its inner tensors instead"
-    elif parameter.device.type == "meta":
-        why = "is on the meta device and has no values; use from_pretrained(), or load the model first"
-    elif parameter.device.type != "cpu":
-        why = f"is on {parameter.device}; move the model to the CPU before page()"
-    elif parameter.layout is not torch.strided or parameter.is_quantized:
-        why = f"is sparse or quantized ({parameter.layout}, {parameter.dtype}); only dense tensors can be paged"
-    elif parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-        why = "has gradient hooks, which can't be moved to another tensor; register them after page()"
-    if why is not None:
-        raise PagedTensorError(f"parameter '{name}' {why}")
-
-
-def _overlapping(slots: list[_Slot]) -> Iterator[_Group]:
-    """Split parameters of one storage into groups whose byte ranges overlap."""
-    spans = sorted(((span_of(slot.parameter), slot) for slot in slots), key=lambda item: item[0])
-    group: _Group | None = None
-    end = start = 0
-    for (address, size_bytes), slot in spans:
-        if group is not None and address >= end:
-            yield group
-            group = None
-        if group is None:
-            group, start, end = _Group([]), address, address
-        slot.offset_bytes = address - start
-        slot.size_bytes = size_bytes
-        group.slots.append(slot)
-        end = max(end, address + size_bytes)
-        group.size_bytes = end - start
-    if group is not None:
-        if len(group.slots) == 1:  # a copy has no holes and no repetitions
-            parameter = group.slots[0].parameter
-            group.size_bytes = group.slots[0].size_bytes = parameter.numel() * parameter.element_size()
-        yield group
-
-
-# -- moving it -----------------------------------------------------------------------------------------------------------
-
-
-def _move_group(core: Core, group: _Group) -> int:
-    """Copy one group in and put paged parameters in place; the originals are free once `group` is. Returns their number."""
-    if len(group.slots) == 1:
-        slot = group.slots[0]
-        source = slot.parameter.detach()
-        shape, strides = tuple(source.shape), dense_strides(source)
-        plain = tensor_at(core, group.address, shape, strides, source.dtype)
-        copy_into(core, plain, source)
-        _swap(core, slot, plain)
-        return 1
-    first = group.slots[0].parameter.detach()
-    start_bytes = first.storage_offset() * first.element_size() - group.slots[0].offset_bytes
-    whole = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), start_bytes, (group.size_bytes,), (1,))
-    shared = tensor_at(core, group.address, (group.size_bytes,), (1,), torch.uint8)
-    copy_into(core, shared, whole)
-    for slot in group.slots:
-        parameter = slot.parameter
-        typed = torch.empty(0, dtype=parameter.dtype).set_(
-            shared.untyped_storage(),
-            slot.offset_bytes // parameter.element_size(),
-            tuple(parameter.shape),
-            tuple(parameter.stride()),
-        )
-        _swap(core, slot, typed)
-    return len(group.slots)
-
-
-def _swap(core: Core, slot: _Slot, plain: torch.Tensor) -> None:
-    original = slot.parameter
-    paged = make_paged(plain, Backing(core, slot.name), parameter=True, requires_grad=original.requires_grad)
-    paged.__dict__.update({name: value for name, value in vars(original).items() if name not in vars(paged)})
-    paged.grad = original.grad
-    for module, name in slot.owners:
-        setattr(module, name, paged)  # not _parameters[name]: modules such as LSTM keep lists of their own
-        if module._parameters.get(name) is not paged:
-            raise PagedTensorError(
-                f"'{slot.name}': {type(module).__name__} did not take the paged parameter; its __setattr__ puts something "
-                "else in place. Page the model without that module"
-            )
-
-
-# -- windows -------------------------------------------------------------------------------------------------------------
+# -- windows -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -346,7 +222,7 @@ class _ModuleWindow:
 
 
 def _make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int, int]]) -> list[_ModuleWindow]:
-    """A window for each module that owns some of the parameters (by id, with their spans) and whose children own none."""
+    """A window for each module that owns some of the parameters (spans: by id) and whose children own none."""
     owning = {id(module) for module in model.modules() if _owned(module, spans)}
     windows: list[_ModuleWindow] = []
     for name, module in model.named_modules():
@@ -355,10 +231,10 @@ def _make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int
         if any(id(inner) in owning for inner in module.modules() if inner is not module):
             continue
         ranges = sorted({spans[id(parameter)] for parameter in _owned(module, spans)})
-        name = name or type(module).__name__
-        set_id = core.add_set(ranges, name)
-        _throw_if_too_large(core, set_id, name, sum(size_bytes for _, size_bytes in ranges))
-        windows.append(_ModuleWindow(module, Window(core, set_id, name)))
+        shown_name = name or type(module).__name__
+        set_id = core.add_set(ranges, shown_name)
+        _throw_if_too_large(core, set_id, shown_name, sum(size_bytes for _, size_bytes in ranges))
+        windows.append(_ModuleWindow(module, Window(core, set_id, shown_name)))
     return windows
 
 
@@ -372,11 +248,12 @@ def _throw_if_too_large(core: Core, set_id: int, name: str, size_bytes: int) -> 
         return
     reserve_pages = core.frame_count - core.pinnable_page_count
     needed = (page_count + reserve_pages) * core.page_bytes
-    raise BudgetError(
+    msg = (
         f"module '{name}' needs its {format_bytes(size_bytes)} of parameters at once ({page_count} pages of "
         f"{core.page_bytes} bytes), and {reserve_pages} pages stay free for stray accesses, but the budget is "
         f"{core.budget_bytes} bytes. The smallest budget that works is {needed} bytes ({format_bytes(needed)})"
     )
+    raise BudgetError(msg)
 
 
 def _attach(

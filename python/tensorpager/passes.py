@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The root module's hooks: where a pass begins and ends, and which schedule the core follows.
 
-Before the first pass the steps are found on fake tensors (`trace.py`) and planned. Every pass is recorded by the core; one
-that took other steps than the schedule's is planned for from what was recorded, a few times at most. Between passes only:
-a pass that leaves the schedule is served on demand.
+Before the first pass the steps are found on fake tensors (`trace.py`) and planned. Every pass is recorded by the core;
+one that took other steps than the schedule's is planned for from what was recorded, a few times at most. Between passes
+only: a pass that leaves the schedule is served on demand.
 
 Threads: passes may run concurrently; one of them at a time is recorded.
 """
@@ -176,6 +176,7 @@ class RootEnterHook(Hook):
         self._director = director
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a pass. Plans before the first one; raises what the core raises."""
         self._director.enter(module, args, kwargs, calling_frame(1))
 
 
@@ -187,5 +188,6 @@ class RootLeaveHook(Hook):
     def __init__(self, director: PassDirector) -> None:
         self._director = director
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...], output: object) -> None:
+        """End it, and plan anew if it took other steps."""
         self._director.leave(calling_frame(1), completed=output is not None)

@@ -31,7 +31,16 @@ __all__ = ["from_pretrained"]
 
 # These contradict paging in place, or would be ignored.
 _REFUSED = frozenset(
-    {"device_map", "device_mesh", "gguf_file", "max_memory", "offload_folder", "quantization_config", "state_dict", "tp_plan"}
+    {
+        "device_map",
+        "device_mesh",
+        "gguf_file",
+        "max_memory",
+        "offload_folder",
+        "quantization_config",
+        "state_dict",
+        "tp_plan",
+    }
     | {"output_loading_info", "revision", "subfolder", "trust_remote_code", "use_safetensors", "weights_only"}
 )
 
@@ -63,10 +72,11 @@ def from_pretrained(
     """
     refused = sorted(_REFUSED & kwargs.keys())
     if refused:
-        raise PagedTensorError(
-            f"from_pretrained() can't take {', '.join(refused)}: weights are paged from local safetensors files on the CPU. "
-            "Load the model with transformers and use page() on it"
+        msg = (
+            f"from_pretrained() can't take {', '.join(refused)}: weights are paged from local safetensors files on the "
+            "CPU. Load the model with transformers and use page() on it"
         )
+        raise PagedTensorError(msg)
     directory = os.fspath(directory)
     checkpoint = open_checkpoint(directory, variant=variant)
     config, kwargs = _load_config(directory, kwargs)
@@ -80,7 +90,7 @@ def from_pretrained(
                 None, config=config, state_dict=state_dict, dtype="auto" if dtype is None else dtype, **kwargs
             )
         del state_dict
-        _finish(model, directory, arena)
+        _finish(model, directory)
         model.pager = install(model, core, arena.size_bytes)
     except BaseException:
         core.close()
@@ -106,10 +116,11 @@ def _model_class(config: Any) -> type[Any]:
         if found is not None:
             return found
     if names:
-        raise PagedTensorError(
-            f"transformers {transformers.__version__} has no model class {' or '.join(names)}, which config.json names; "
-            "use a version that has it, or give model_class="
+        msg = (
+            f"transformers {transformers.__version__} has no model class {' or '.join(names)}, which config.json "
+            "names; use a version that has it, or give model_class="
         )
+        raise PagedTensorError(msg)
     for mapping, auto_class in (
         (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
         (transformers.MODEL_MAPPING, transformers.AutoModel),
@@ -117,11 +128,13 @@ def _model_class(config: Any) -> type[Any]:
         if type(config) in mapping:
             concrete: Any = mapping[type(config)]
             assert auto_class is not None
-            return concrete[0] if isinstance(concrete, (tuple, list)) else concrete
-    raise PagedTensorError(f"config.json names no architecture, and {type(config).__name__} has none; give model_class=")
+            first: type[Any] = concrete[0] if isinstance(concrete, (tuple, list)) else concrete
+            return first
+    msg = f"config.json names no architecture, and {type(config).__name__} has none; give model_class="
+    raise PagedTensorError(msg)
 
 
-# -- the state dict ------------------------------------------------------------------------------------------------------
+# -- the state dict ----------------------------------------------------------------------------------------------------
 
 
 def _paged_state_dict(core: Core, checkpoint: Checkpoint, arena: SpillArena) -> dict[str, torch.Tensor]:
@@ -133,9 +146,12 @@ def _paged_state_dict(core: Core, checkpoint: Checkpoint, arena: SpillArena) -> 
         path = str(file.path)
         region = core.map_file(path)
         if region.size_bytes != file.size_bytes:
+            msg = (
+                f"{path} had {file.size_bytes} bytes when its header was read and has {region.size_bytes} now: "
+                "something is still writing it. Wait for it to finish"
+            )
             raise CheckpointError(
-                f"{path} had {file.size_bytes} bytes when its header was read and has {region.size_bytes} now: something is "
-                "still writing it. Wait for it to finish",
+                msg,
                 path=path,
                 rule="file_changed",
             )
@@ -148,9 +164,8 @@ def _paged_state_dict(core: Core, checkpoint: Checkpoint, arena: SpillArena) -> 
 def _paged_entry(core: Core, region: Region, entry: TensorEntry, path: str, arena: SpillArena) -> torch.Tensor:
     dtype = getattr(torch, torch_dtype_name(entry, path), None)
     if dtype is None:
-        raise PagedTensorError(
-            f"{path}: tensor '{entry.name}' is of type {entry.dtype}, which this torch ({torch.__version__}) does not have"
-        )
+        msg = f"{path}: tensor '{entry.name}' is of type {entry.dtype}, which torch {torch.__version__} does not have"
+        raise PagedTensorError(msg)
     shape = torch_shape(entry, path)
     if entry.size_bytes == 0:
         return torch.empty(shape, dtype=dtype)
@@ -162,7 +177,7 @@ def _paged_entry(core: Core, region: Region, entry: TensorEntry, path: str, aren
     return arena.move_in(copy, entry.name, parameter=False, requires_grad=False)
 
 
-# -- while transformers loads --------------------------------------------------------------------------------------------
+# -- while transformers loads ------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -183,7 +198,7 @@ def _assigned_tensors_moved(arena: SpillArena) -> Iterator[None]:
         moved.__dict__.update({key: value for key, value in vars(parameter).items() if key not in vars(moved)})
         return moved  # type: ignore[return-value]
 
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(move)
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -195,7 +210,7 @@ _loading_lock = threading.Lock()
 
 @contextmanager
 def _loading_in_this_thread() -> Iterator[None]:
-    """Make transformers convert tensors one after the other: its threads would have all converted ones in RAM at once."""
+    """Make transformers convert one tensor at a time: its threads would have all converted ones in RAM at once."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     with _loading_lock:
         before = os.environ.get(name)
@@ -209,7 +224,7 @@ def _loading_in_this_thread() -> Iterator[None]:
                 os.environ[name] = before
 
 
-def _finish(model: Any, directory: str, arena: SpillArena) -> None:
+def _finish(model: Any, directory: str) -> None:
     """Buffers become ordinary, leftover parameters paged, and what transformers keeps of the path is put back."""
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
@@ -217,9 +232,8 @@ def _finish(model: Any, directory: str, arena: SpillArena) -> None:
                 module._buffers[key] = ordinary_copy(buffer)
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
-                raise PagedTensorError(
-                    f"'{name}.{key}' got no values: the checkpoint has none, and {type(model).__name__} does not make any"
-                )
+                msg = f"'{name}.{key}' got no values: the checkpoint has none, and {type(model).__name__} makes none"
+                raise PagedTensorError(msg)
     model.config.name_or_path = directory
     model.name_or_path = directory
     if model.can_generate():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,15 @@ from tensorpager.paged_tensor import Backing, PagedTensor, make_paged
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["SPILL_ALIGN_BYTES", "SpillArena", "aligned_size", "choose_directory", "copy_into", "dense_strides", "tensor_at"]
+__all__ = [
+    "SPILL_ALIGN_BYTES",
+    "SpillArena",
+    "aligned_size",
+    "choose_directory",
+    "copy_into",
+    "dense_strides",
+    "tensor_at",
+]
 
 #: Tensors start at multiples of this: what vector kernels and, later, device copies like best.
 SPILL_ALIGN_BYTES = 256
@@ -37,13 +46,15 @@ def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(torch.empty_like(tensor, device="meta").stride())
 
 
-def tensor_at(core: Core, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def tensor_at(
+    core: Core, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     """A plain tensor over the address space, with a storage of its own that ends with its last byte. Reads nothing."""
     element_bytes = dtype.itemsize
     count = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    flat: torch.Tensor = torch.from_dlpack(core.tensor(address, count * element_bytes)).view(dtype)
+    flat: torch.Tensor = torch.utils.dlpack.from_dlpack(core.tensor(address, count * element_bytes)).view(dtype)
     return flat.as_strided(shape, strides)
 
 
@@ -106,7 +117,7 @@ class SpillArena:
 
 
 def choose_directory(store: str | os.PathLike[str] | None) -> str:
-    """The directory for spill: `store`, else the first of $TMPDIR, /var/tmp and the working directory that is on a disk.
+    """The directory for spill: `store`, else the first of $TMPDIR, /var/tmp and the current one that is on a disk.
 
     IoError when it can't be written to, or when none of the three is on a disk.
     """
@@ -114,7 +125,8 @@ def choose_directory(store: str | os.PathLike[str] | None) -> str:
 
     if store is not None:
         return probe_directory(os.fspath(store)).directory
-    candidates = [os.environ.get("TMPDIR", ""), "/var/tmp", os.getcwd(), tempfile.gettempdir()]
+    # Files there have no name (O_TMPFILE) or lose it at birth, mode 0600: nothing to guess or to follow.
+    candidates = [os.environ.get("TMPDIR", ""), "/var/tmp", str(Path.cwd()), tempfile.gettempdir()]  # noqa: S108
     reasons = []
     for directory in dict.fromkeys(path for path in candidates if path):
         try:

@@ -2,11 +2,11 @@
 """Which steps a model takes, found by running it on fake tensors: tensors with shapes and no memory.
 
 The run works on a copy of the module tree whose parameters stay the paged ones, whose other tensors are fake, and whose
-arguments are fake deep copies. Nothing the model keeps (buffers, caches, counters) can change, and nothing weight-sized is
-allocated, so it works for models of any size. Hooks and guard are active and call the core, which only records (dry).
+arguments are fake deep copies. Nothing the model keeps (buffers, caches, counters) can change, and nothing weight-sized
+is allocated, so it works for models of any size. Hooks and guard are active and call the core, which only records.
 
-Beside the guard, a dispatch mode sees every operator with every tensor it reads. One that reads a paged tensor outside of
-all windows and holds (through a view, from C++) becomes a step of its own, as the real run will fault on it.
+Beside the guard, a dispatch mode sees every operator with every tensor it reads. One that reads a paged tensor outside
+of all windows and holds (through a view, from C++) becomes a step of its own, as the real run will fault on it.
 
 What can't run on fake tensors raises TraceError; the caller then records a real pass instead (`passes.py`).
 """
@@ -61,9 +61,9 @@ def record_on_fakes(
 ) -> npt.NDArray[np.int32]:
     """The events of one forward pass: +(set_id + 1) for an acquire, -(set_id + 1) for a release, int32, in order.
 
-    Runs model(*args, **kwargs) on fake tensors, in the caller's grad and autocast modes, and leaves model, arguments and
-    random generators as they are. Blocks for as long as the Python code of the model takes; reads no weights. Raises
-    TraceError when the model can't be run that way.
+    Runs model(*args, **kwargs) on fake tensors, in the caller's grad and autocast modes, and leaves model, arguments
+    and random generators as they are. Blocks for as long as the Python code of the model takes; reads no weights.
+    Raises TraceError when the model can't be run that way.
     """
     _refuse_foreign_hooks(model)
     with _one_at_a_time, _random_state_kept():
@@ -80,7 +80,8 @@ def record_on_fakes(
             raise
         events = core.record_end()
     if len(events) == 0:
-        raise TraceError(f"a pass of {type(model).__name__} on fake tensors reached no paged parameter")
+        msg = f"a pass of {type(model).__name__} on fake tensors reached no paged parameter"
+        raise TraceError(msg)
     return events
 
 
@@ -94,12 +95,14 @@ def _refuse_foreign_hooks(model: torch.nn.Module) -> None:
     from torch.nn.modules import module as torch_module
 
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        raise TraceError("there are global module hooks, which would see fake tensors")
+        msg = "there are global module hooks, which would see fake tensors"
+        raise TraceError(msg)
     for name, module in model.named_modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for hook in hooks.values():
                 if not isinstance(hook, Hook):
-                    raise TraceError(f"module '{name}' has a forward hook ({hook!r}), which would see fake tensors")
+                    msg = f"module '{name}' has a forward hook ({hook!r}), which would see fake tensors"
+                    raise TraceError(msg)
 
 
 @contextmanager
@@ -232,7 +235,7 @@ class _FakeRun:
     # -- below the guard
 
     def note_read(self, tensor: FakeTensor) -> None:
-        """An operator reads a tensor: if it lies in a twin, and nothing holds the paged one, that is a step of its own."""
+        """An operator reads a tensor. If that is part of a twin, and nothing holds the paged one, it is a step."""
         twin = self._twin_by_storage.get(tensor.untyped_storage()._cdata)
         if twin is None or any(paged is twin.paged for paged in self._held):
             return
@@ -245,7 +248,7 @@ class _FakeRun:
         size_bytes = (last + 1) * tensor.element_size()
         if size_bytes > backing.hold_bytes_max:
             return
-        set_id = self._core.hold(address, size_bytes)
+        set_id = self._core.hold(int(address), int(size_bytes))
         if set_id >= 0:
             self._core.release(set_id)
 
@@ -258,16 +261,14 @@ def _paged_among(values: Any) -> Iterator[PagedTensor]:
             yield from _paged_among(value)
 
 
-class _ReadRecorder(TorchDispatchMode):
+class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Shows every operator's inputs to the run; views and shape-only operators read nothing."""
 
     def __init__(self, run: _FakeRun) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._run = run
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords | None = None) -> Any:
         kwargs = kwargs or {}
         if not _reads_nothing(func):
             for value in tree_leaves((args, kwargs)):

@@ -6,8 +6,8 @@ Parameters of other modules are left to the guard, operation by operation (`page
 
 [Note: abandoned calls]
 torch runs "always called" hooks when a forward raises an Exception, but not for KeyboardInterrupt and SystemExit. Each
-thread therefore lists its open calls together with the frame of `Module._call_impl` that runs them; a call whose frame is
-no longer on the stack when the thread enters its next one was abandoned, and its pages are released then.
+thread therefore lists its open calls together with the frame of `Module._call_impl` that runs them; a call whose frame
+is no longer on the stack when the thread enters its next one was abandoned, and its pages are released then.
 
 Hooks are copied and pickled as `inert_hook`: a copy of a paged model is an ordinary model.
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EnterHook", "Hook", "LeaveHook", "Window", "calling_frame", "inert_hook", "is_on_stack"]
 
-_CALL_IMPL = torch.nn.Module._call_impl.__code__  # type: ignore[attr-defined]
+_CALL_IMPL = torch.nn.Module._call_impl.__code__
 
 
 class Window:
@@ -93,7 +93,8 @@ class EnterHook(Hook):
     def __init__(self, window: Window) -> None:
         self.window = window
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...]) -> None:
+        """Acquire."""
         calls = _open.calls
         if calls:
             _drop_abandoned(calls)
@@ -115,7 +116,8 @@ class LeaveHook(Hook):
     def __init__(self, window: Window) -> None:
         self.window = window
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+        """Release."""
         calls = _open.calls
         frame = sys._getframe(1)
         if frame.f_code is not _CALL_IMPL and frame.f_back is not None:
