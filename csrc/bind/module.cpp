@@ -233,8 +233,10 @@ void bind_pager_paging(py::class_<Pager>& pager) {
            "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can "
            "hold at once: then "
            "nothing is pinned and every page comes in as it is touched.")
-      .def("prefetch", &Pager::prefetch, py::arg("set_id"), py::keep_alive<0, 1>(),
-           "Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.")
+      .def(
+          "prefetch", [](Pager& self, std::uint32_t set) { return self.prefetch(tp::SetId{set}); }, py::arg("set_id"),
+          py::keep_alive<0, 1>(),
+          "Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.")
       .def("begin_pass", &Pager::begin_pass,
            "The model's root is entered: the schedule's position goes to the next start of its cycle.")
       .def(
