@@ -1,82 +1,216 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Native core of tensorpager (draft of the contract; the final file is generated from the build)."""
+# Generated from the extension: change csrc/bind, then run "make stubs".
+"""
+Native core of tensorpager: address space, frames, I/O engines, executor. Use through tensorpager.page().
+"""
 
-import numpy as np
-import numpy.typing as npt
+import collections.abc
+import typing
+
+import numpy
+import numpy.typing
+import typing_extensions
+
+__all__: list[str] = [
+    "DirectoryFacts",
+    "EVENT_KINDS",
+    "EngineCandidate",
+    "PAGE_STATES",
+    "Pager",
+    "Region",
+    "Ticket",
+    "probe_directory",
+    "probe_engines",
+]
 
 class EngineCandidate:
-    engine: str
-    usable: bool
-    reason: str
+    """
+    An I/O engine and whether, and why, it can run here.
+    """
+    @property
+    def engine(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def usable(self) -> bool: ...
 
 class DirectoryFacts:
-    directory: str
-    file_system: str
-    direct: bool
-    align_bytes: int
-    reason: str
-
-def probe_engines() -> list[EngineCandidate]: ...
-def probe_directory(directory: str) -> DirectoryFacts: ...
+    """
+    What a directory's file system offers.
+    """
+    @property
+    def align_bytes(self) -> int: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def directory(self) -> str: ...
+    @property
+    def file_system(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
 
 class Region:
-    """Part of the address space backed by one file (a checkpoint, read-only) or by spill."""
-    address: int        # multiple of page_bytes; byte i of the file lives at address + i
-    size_bytes: int
-    first_page: int
-    page_count: int
+    """
+    Part of the address space backed by one file or by spill.
+    """
+    @property
+    def address(self) -> int: ...
+    @property
+    def first_page(self) -> int: ...
+    @property
+    def page_count(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+class Ticket:
+    """
+    An acquire under way. It holds its pages until release() or its end.
+    """
+    def release(self) -> None:
+        """
+        Let the pages go. Idempotent.
+        """
+    def wait(self) -> None:
+        """
+        Wait until every page is resident. IoError, BudgetError, ClosedError, KeyboardInterrupt.
+        """
+    @property
+    def done(self) -> bool:
+        """
+        Whether wait() would return, or raise, at once.
+        """
 
 class Pager:
-    """Page table, frames, executor thread. All methods may be called from any thread and release the GIL while waiting."""
-    def __init__(self, *, budget_bytes: int, page_bytes: int = 0, engine: str = "auto", io_depth: int = 0,
-                 inflight_bytes: int = 0, spill_directory: str = "", event_capacity: int = 65536) -> None:
-        """budget_bytes // page_bytes frames are allocated now. page_bytes 0: 2 MiB, more for very large budgets.
-        spill_directory: where modified pages go (opened at the first writeback); "" means none: modifying then raises."""
-    # -- address space; before or between runs
-    def map_file(self, path: str) -> Region: ...              # IoError
-    def map_spill(self, size_bytes: int) -> Region: ...       # zero-filled, writable
-    def tensor(self, address: int, size_bytes: int) -> object:
-        """DLPack capsule: 1-D uint8 tensor over [address, address + size_bytes) with a storage of its own; keeps the
-        address space alive as long as any alias lives."""
-    def contains(self, address: int) -> bool: ...
-    # -- sets: the pages of one step
-    def add_set(self, ranges: list[tuple[int, int]], name: str) -> int:
-        """ranges: (address, size_bytes). Returns the set id. The same pages give the same id (first name wins)."""
-    def set_pages(self, set_id: int) -> npt.NDArray[np.int32]: ...
-    def set_name(self, set_id: int) -> str: ...
-    # -- residency
-    def acquire(self, set_id: int) -> None:
-        """Blocks until every page of the set is resident and forbids eviction until release(set_id). Counted, nests.
-        BudgetError, IoError, ClosedError, ForkedProcessError; KeyboardInterrupt leaves nothing acquired."""
-    def release(self, set_id: int) -> None: ...
-    def hold(self, address: int, size_bytes: int) -> int:
-        """acquire() for a byte range (a stray access); returns a set id for release(), or -1 when more than the budget
-        is asked for outside any step: then nothing is pinned and each page is brought in when it is touched."""
+    """
+    Page table, frames and executor thread. Any thread; waiting releases the GIL.
+    """
+    def __init__(
+        self,
+        *,
+        budget_bytes: typing.SupportsInt | typing.SupportsIndex,
+        page_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
+        engine: str = "auto",
+        io_depth: typing.SupportsInt | typing.SupportsIndex = 0,
+        inflight_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
+        spill_directory: str = "",
+        event_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+    ) -> None:
+        """
+        Allocates budget_bytes // page_bytes frames at once. BudgetError, MemoryMapError, EngineError, ValueError.
+        """
+    def acquire(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Wait until every page of the set is resident and forbid eviction until release(). Counted. Raises BudgetError, IoError, ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.
+        """
+    def add_set(
+        self,
+        ranges: collections.abc.Sequence[
+            tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ],
+        name: str,
+    ) -> int:
+        """
+        Pages of (address, size_bytes) ranges that one step needs together; returns the set id. Equal pages, equal id.
+        """
     def begin_pass(self) -> None:
-        """The model's root module is entered: the schedule's cursor goes to the next start of the cycle."""
-    # -- recording and schedule
-    def record_begin(self, dry: bool) -> None:
-        """Record this thread's acquire/release/hold calls. dry: they do nothing else (for a run on fake tensors)."""
-    def record_end(self) -> npt.NDArray[np.int32]:
-        """Events in order: +(set_id + 1) for acquire, -(set_id + 1) for release."""
-    def set_schedule(self, *, step_set: npt.NDArray[np.int32], initial_pages: npt.NDArray[np.int32],
-                     action_step: npt.NDArray[np.int32], action_deadline: npt.NDArray[np.int32],
-                     action_page_in: npt.NDArray[np.int32], action_evict: npt.NDArray[np.int32]) -> None:
-        """One cycle, repeated for ever. See tensorpager/plan.py for the meaning of each array. Validated; ValueError."""
+        """
+        The model's root is entered: the schedule's position goes to the next start of its cycle.
+        """
     def clear_schedule(self) -> None: ...
-    # -- facts
-    page_bytes: int
-    page_count: int
-    frame_count: int
-    pinnable_page_count: int
-    budget_bytes: int
-    def resident_pages(self) -> npt.NDArray[np.bool_]: ...
-    def page_states(self) -> npt.NDArray[np.uint8]: ...
-    def stats(self) -> dict[str, int | str | bool]: ...
+    def close(self) -> None:
+        """
+        Drain transfers, fail those who wait, free the memory. Idempotent.
+        """
+    def contains(self, address: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def events(self) -> numpy.ndarray:
+        """
+        The last events, oldest first; see EVENT_KINDS.
+        """
+    def hold(
+        self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> int:
+        """
+        acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then nothing is pinned and every page comes in as it is touched.
+        """
+    def map_file(self, path: str) -> Region:
+        """
+        Reserve addresses for a file, read-only: byte i is at Region.address + i. IoError.
+        """
+    def map_spill(self, size_bytes: typing.SupportsInt | typing.SupportsIndex) -> Region:
+        """
+        Reserve addresses for new bytes, zero until written.
+        """
+    def page_states(self) -> numpy.typing.NDArray[numpy.uint8]:
+        """
+        State of every page, uint8: an index into PAGE_STATES.
+        """
+    def prefetch(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> Ticket:
+        """
+        Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.
+        """
+    def record_begin(self, dry: bool) -> None:
+        """
+        Record this thread's acquire, hold and release; dry: they do nothing else.
+        """
+    def record_end(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.
+        """
+    def release(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     def reset_stats(self) -> None: ...
-    def events(self) -> npt.NDArray[np.void]:
-        """Oldest first. Fields: time_ns u8, kind u1 (see EVENT_KINDS), page i4, frame i4, step i4, thread u4."""
-    def close(self) -> None: ...
-    closed: bool
+    def set_name(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> str: ...
+    def set_pages(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        Ascending page numbers of a set, int32.
+        """
+    def set_schedule(
+        self,
+        *,
+        step_set: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        initial_pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_step: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_deadline: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_page_in: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_evict: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ) -> None:
+        """
+        One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and index.
+        """
+    def stats(self) -> dict[str, typing.Any]:
+        """
+        Counters since the start or reset_stats().
+        """
+    def tensor(
+        self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> typing_extensions.CapsuleType:
+        """
+        DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses reserved.
+        """
+    @property
+    def budget_bytes(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def frame_count(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def page_count(self) -> int: ...
+    @property
+    def pinnable_page_count(self) -> int:
+        """
+        Most pages that steps may hold at once: the frames less those kept for stray accesses.
+        """
+
+def probe_directory(directory: str) -> DirectoryFacts:
+    """
+    What the directory's file system offers; IoError if it can't be written.
+    """
+
+def probe_engines() -> list[EngineCandidate]:
+    """
+    Engines, best first, each with its reason.
+    """
 
 EVENT_KINDS: list[str]
+PAGE_STATES: list[str]
