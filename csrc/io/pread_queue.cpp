@@ -3,10 +3,10 @@
 // runs where io_uring is refused, and what every other engine is compared with.
 //
 //   owner                            worker (min(depth, kThreadsMax) of them)
-//   submit() -> todo_ (mutex_)  -->  takes a task, calls the kernel until TransferProgress says finished
-//   wait()   <- done_ (mutex_)  <--  appends the completion; signals done_event_ when done_ was empty
+//   submit() -> todo (mutex)  -->  takes a task, calls the kernel until TransferProgress says finished
+//   wait()   <- done (mutex)  <--  appends the completion; signals done_event_ when done was empty
 //
-// Invariant under mutex_: done_event_ is signalled exactly when done_ holds something. So a wait() that finds done_
+// Invariant under the mutex: done_event_ is signalled exactly when done holds something. So a wait() that finds done
 // empty can block on done_event_ and wake_ together and miss neither.
 #include <pthread.h>
 #include <signal.h>
@@ -41,6 +41,15 @@ struct OpenFile {
 struct Task {
   int descriptor = -1;  // copied from the file table, which only the owner reads
   TransferProgress progress;
+};
+
+// What the owner and the workers share.
+struct Shared {
+  std::mutex mutex;  // guards the rest
+  std::condition_variable todo_ready;
+  std::deque<Task> todo;
+  std::vector<IoCompletion> done;
+  bool stopping = false;
 };
 
 // New threads inherit the signal mask: with all signals blocked, handlers run on the program's own threads.
@@ -81,6 +90,7 @@ class PreadQueue final : public IoQueue {
   ~PreadQueue() override {
     if (getpid() != process_) {  // a child of fork() has the object but not the threads
       for (std::thread& worker : workers_) worker.detach();
+      static_cast<void>(shared_.release());  // destroying a condition variable waits for its waiters, who are not here
       return;
     }
     stop();  // workers finish what has been submitted first: memory may be freed after this
@@ -109,19 +119,19 @@ class PreadQueue final : public IoQueue {
     TP_CHECK(in_flight_ + requests.size() <= options_.depth);
     if (requests.empty()) return;
     {
-      const std::lock_guard lock(mutex_);
+      const std::lock_guard lock(shared_->mutex);
       for (const IoRequest& request : requests) {
         TP_CHECK(request.file.value < files_.size());
         const OpenFile& file = files_[request.file.value];
-        todo_.push_back({file.descriptor, {request, file.align_bytes, options_.transfer_max_bytes}});
+        shared_->todo.push_back({file.descriptor, {request, file.align_bytes, options_.transfer_max_bytes}});
         counters_.count_request();
       }
     }
     in_flight_ += static_cast<unsigned>(requests.size());
     if (requests.size() == 1) {
-      todo_ready_.notify_one();
+      shared_->todo_ready.notify_one();
     } else {
-      todo_ready_.notify_all();
+      shared_->todo_ready.notify_all();
     }
   }
 
@@ -148,12 +158,12 @@ class PreadQueue final : public IoQueue {
 
  private:
   std::size_t take_done(std::vector<IoCompletion>& completions) {
-    const std::lock_guard lock(mutex_);
-    const std::size_t count = done_.size();
+    const std::lock_guard lock(shared_->mutex);
+    const std::size_t count = shared_->done.size();
     if (count == 0) return 0;
     TP_CHECK(count <= in_flight_);
-    completions.insert(completions.end(), done_.begin(), done_.end());
-    done_.clear();
+    completions.insert(completions.end(), shared_->done.begin(), shared_->done.end());
+    shared_->done.clear();
     TP_CHECK(done_event_.consume());
     in_flight_ -= static_cast<unsigned>(count);
     return count;
@@ -162,19 +172,19 @@ class PreadQueue final : public IoQueue {
   void work() {
     pthread_setname_np(pthread_self(), "tensorpager-io");
     for (;;) {
-      std::unique_lock lock(mutex_);
-      todo_ready_.wait(lock, [this] { return stopping_ || !todo_.empty(); });
-      if (todo_.empty()) return;
-      Task task = std::move(todo_.front());
-      todo_.pop_front();
+      std::unique_lock lock(shared_->mutex);
+      shared_->todo_ready.wait(lock, [this] { return shared_->stopping || !shared_->todo.empty(); });
+      if (shared_->todo.empty()) return;
+      Task task = std::move(shared_->todo.front());
+      shared_->todo.pop_front();
       lock.unlock();
 
       transfer(task);
       const IoCompletion completion = task.progress.completion();
       counters_.count_completion(task.progress.request().op, completion);
       lock.lock();
-      done_.push_back(completion);
-      if (done_.size() == 1) done_event_.signal();
+      shared_->done.push_back(completion);
+      if (shared_->done.size() == 1) done_event_.signal();
     }
   }
 
@@ -196,10 +206,10 @@ class PreadQueue final : public IoQueue {
 
   void stop() {
     {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
+      const std::lock_guard lock(shared_->mutex);
+      shared_->stopping = true;
     }
-    todo_ready_.notify_all();
+    shared_->todo_ready.notify_all();
     for (std::thread& worker : workers_) worker.join();
   }
 
@@ -211,12 +221,7 @@ class PreadQueue final : public IoQueue {
   WakeEvent done_event_;
   QueueCounters counters_;
 
-  std::mutex mutex_;  // guards the four below
-  std::condition_variable todo_ready_;
-  std::deque<Task> todo_;
-  std::vector<IoCompletion> done_;
-  bool stopping_ = false;
-
+  std::unique_ptr<Shared> shared_ = std::make_unique<Shared>();
   std::vector<std::thread> workers_;
 };
 
