@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
@@ -121,6 +121,13 @@ class PagedTensor(torch.Tensor):
             return _with_other_subclasses(func, types, args, kwargs or {})
         return _guarded(func, args, kwargs or {})
 
+    def set_(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Raises PagedTensorError. (torch does not route this one method through __torch_function__.)"""
+        raise _move_error(self, "set_")
+
+
+_ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
+
 
 def make_paged(
     plain: torch.Tensor, backing: Backing, *, parameter: bool = False, requires_grad: bool = False
@@ -218,7 +225,7 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
 
 def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args: Arguments, kwargs: Keywords) -> Any:
     """Another tensor subclass takes part: hold ours, hand over plain aliases, and let the other one's rules decide."""
-    if all(issubclass(kind, PagedTensor) for kind in types):
+    if all(kind in _ORDINARY_TYPES for kind in types):
         return _guarded(func, args, kwargs)
     held: list[tuple[Core, int]] = []
     try:
@@ -410,12 +417,15 @@ def _refuse_move(func: Callable[..., Any], args: Arguments, kwargs: Keywords) ->
     tensor = args[0]
     if type(tensor) is not PagedTensor or tensor._tp_backing is None:
         return _guarded(func, args, kwargs)
-    name = getattr(func, "__name__", "this operation")
-    msg = (
-        f"'{tensor._tp_backing.name}': {name}() would give the tensor other memory, but a paged tensor has one address "
-        "for life. Work on a copy (.clone()); worker processes can load the model on their own"
+    raise _move_error(tensor, getattr(func, "__name__", "this operation"))
+
+
+def _move_error(tensor: PagedTensor, operation: str) -> PagedTensorError:
+    name = tensor._tp_backing.name if tensor._tp_backing is not None else "a tensor"
+    return PagedTensorError(
+        f"'{name}': {operation}() would give the tensor other memory, but a paged tensor has one address for life. "
+        "Work on a copy (.clone()); worker processes can load the model on their own"
     )
-    raise PagedTensorError(msg)
 
 
 def _to_numpy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -452,6 +462,14 @@ def _reduce(_func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     return ordinary_copy(args[0]).__reduce_ex__(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
 
 
+def _format(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
+    tensor, specification = args
+    if tensor.dim() > 0 and not specification:
+        return _repr(torch.Tensor.__repr__, (tensor,), kwargs)
+    text: str = func(_plain(tensor) if tensor.dim() > 0 else ordinary_copy(tensor), specification)
+    return text
+
+
 def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
     """As for an ordinary tensor. Only the elements that are printed are touched, so a large tensor is not paged in."""
     tensor = args[0]
@@ -459,7 +477,9 @@ def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
     with _NoGuard():
         if tensor._tp_backing is not None and tensor._tp_backing.core.closed:
             return f"{prefix}PagedTensor(closed, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
-        text: str = func(tensor.as_subclass(torch.Tensor), **kwargs)
+        is_leaf = tensor.is_leaf  # then without a grad_fn of the alias's own
+        plain_leaf = torch.Tensor._make_subclass(torch.Tensor, tensor, tensor.requires_grad) if is_leaf else None
+        text: str = func(tensor.as_subclass(torch.Tensor) if plain_leaf is None else plain_leaf, **kwargs)
         return prefix + text
 
 
@@ -483,7 +503,8 @@ def _make_handlers() -> dict[Callable[..., Any], Handler]:
     handlers.update(_known(_deepcopy, torch.Tensor, "__deepcopy__"))
     handlers.update(_known(_reduce, torch.Tensor, "__reduce_ex__"))
     handlers.update(_known(_repr, torch.Tensor, "__repr__"))
-    handlers.update(_known(_refuse_move, torch.Tensor, "resize_ resize_as_ set_ share_memory_"))
+    handlers.update(_known(_format, torch.Tensor, "__format__"))
+    handlers.update(_known(_refuse_move, torch.Tensor, "resize_ resize_as_ share_memory_"))
     handlers.update(_known(_may_replace, torch, "_has_compatible_shallow_copy_type"))
     handlers[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
     return handlers
@@ -501,4 +522,4 @@ def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> 
         return not _is_basic_index(args[1])
     if handler is _convert:
         return _conversion(func, args, kwargs) == "copy"
-    return handler not in (_pass_through, _view, _address, _may_replace, _repr)
+    return handler not in (_pass_through, _view, _address, _may_replace, _repr, _format)
