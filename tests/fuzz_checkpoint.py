@@ -154,9 +154,7 @@ def report(result: subprocess.CompletedProcess[str], canary: bool, artifacts: Pa
     finding = re.search(r"AssertionError: (accepted|refused|read otherwise)", output)
     if executions and coverage:
         edges, features, inputs = coverage[-1]
-        print(
-            f"executions {executions[-1]}, coverage {edges} edges, {features} features, {inputs} inputs kept"
-        )
+        print(f"executions {executions[-1]}, coverage {edges} edges, {features} features, {inputs} inputs kept")
     if canary:
         print("the planted bug was found" if finding else f"THE PLANTED BUG WAS NOT FOUND\n{output[-4000:]}")
         return 0 if finding and result.returncode != 0 else 1
@@ -168,9 +166,7 @@ def report(result: subprocess.CompletedProcess[str], canary: bool, artifacts: Pa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--canary", action="store_true")
     parser.add_argument("--artifacts", type=Path, help="where findings are saved (default: build/fuzz)")

@@ -12,10 +12,10 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import checkpoint_files as files
 import pytest
 import safetensors
 
+import checkpoint_files as files
 from tensorpager.checkpoint import (
     TensorEntry,
     aligned,
@@ -105,9 +105,7 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         at = rng.randrange(len(header) + 1)
         span = rng.choice((0, 0, 1, 1, 2, 8))
-        header[at : at + span] = rng.choice(
-            (b"", rng.choice(TOKENS), bytes(header[at : at + 9]), rng.randbytes(1))
-        )
+        header[at : at + span] = rng.choice((b"", rng.choice(TOKENS), bytes(header[at : at + 9]), rng.randbytes(1)))
     if rng.random() < 0.1:
         data = data[: rng.randrange(len(data) + 1)] if rng.random() < 0.5 else data + b"x"
     length = len(header) + (rng.choice((-1, 1, 2**40, 2**63)) if rng.random() < 0.05 else 0)
@@ -153,9 +151,7 @@ def test_files_of_safetensors_torch_have_the_dtypes_and_shapes_it_saved(tmp_path
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    names = [
-        dtype.torch_name for dtype in DTYPES.values() if dtype.torch_name and hasattr(torch, dtype.torch_name)
-    ]
+    names = [dtype.torch_name for dtype in DTYPES.values() if dtype.torch_name and hasattr(torch, dtype.torch_name)]
     tensors = {name: torch.zeros(3, 8, dtype=torch.uint8).view(getattr(torch, name)) for name in names}
     save_file(tensors, tmp_path / "a.safetensors")
     file = read_header(tmp_path / "a.safetensors")
@@ -234,9 +230,7 @@ def test_a_file_that_shrinks_while_read_is_refused(tmp_path: Path, monkeypatch: 
     assert refusal(path).rule == "file-shrank"
 
 
-def test_short_reads_are_finished_and_errors_are_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_reads_are_finished_and_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(GOOD["twenty"])
     whole = read_header(path)
@@ -327,10 +321,7 @@ def test_shards_behind_links_are_read(tmp_path: Path) -> None:
         ("index-type", {"weight_map": []}),
         ("index-type", {"weight_map": {}}),
         ("index-type", {"weight_map": {"a": 1}}),
-        *(
-            ("shard-name", {"weight_map": {"a": n}})
-            for n in ("../x", "/x", "s/x", "..", ".", "", "a\0", "s\\x")
-        ),
+        *(("shard-name", {"weight_map": {"a": n}}) for n in ("../x", "/x", "s/x", "..", ".", "", "a\0", "s\\x")),
         ("shard-missing", {"weight_map": MAP | {"e": "z.safetensors"}}),
         ("tensor-not-in-shard", {"weight_map": MAP | {"e": "x.safetensors"}}),
         ("tensor-not-in-shard", {"weight_map": MAP | {"a": "y.safetensors"}}),

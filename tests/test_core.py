@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native module as framework authors use it: sets, tickets, errors, events, and what a killed process leaves behind."""
+"""The native module as framework authors use it: sets, tickets, errors, events, and what a killed process leaves
+behind."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from tensorpager import _core, errors
 
 MIB = 1 << 20
@@ -85,8 +87,8 @@ def test_errors_are_typed_and_say_what_to_do(pager: _core.Pager, tmp_path: Path)
         _core.Pager(budget_bytes=10 * PAGE, page_bytes=3 * MIB)
     with pytest.raises(ValueError, match="no set"):
         pager.acquire(99)
+    empty = np.zeros(0, np.int32)
     with pytest.raises(ValueError, match="schedule refused"):
-        empty = np.zeros(0, np.int32)
         pager.set_schedule(
             step_set=empty,
             initial_pages=empty,
@@ -107,7 +109,16 @@ def test_events_tell_the_order_of_a_pages_life(pager: _core.Pager, data: tuple[P
     pager.release(step)
     events = pager.events()
     kinds = [_core.EVENT_KINDS[kind] for kind in events["kind"]]
-    expected = ["acquire_begin", "stall_begin", "fault", "page_in_begin", "page_in_end", "stall_end", "acquire_end", "release"]
+    expected = [
+        "acquire_begin",
+        "stall_begin",
+        "fault",
+        "page_in_begin",
+        "page_in_end",
+        "stall_end",
+        "acquire_end",
+        "release",
+    ]
     assert kinds == expected
     assert (np.diff(events["time_ns"].astype(np.int64)) >= 0).all()
     assert set(events["page"]) == {0, -1}

@@ -31,6 +31,7 @@ TOP_LEVEL = {
 # Tests whose noun is not a source file's, and what they are about.
 NOUNS_OF_THEIR_OWN = {
     "conformance": "what every I/O engine owes to the contract in io_queue.hpp",
+    "failure": "every result of the kernel failing in turn, through all of csrc/pager",
     "readme": "the example that README.md shows",
     "tidy": "the tree itself",
     "wake": "IoQueue::wake, across engines",

@@ -254,7 +254,7 @@ def _banned_in_cpp(file: TextFile) -> Iterator[Finding]:
     code = cpp_code(file.text).split("\n")
     for number, (blanked, line) in enumerate(zip(code, file.lines, strict=True), 1):
         for pattern, reason in CPP_BANNED.items():
-            prints = "print" in reason and (file.path in CPP_PRINTS or file.path.startswith("csrc/tests/"))
+            prints = "print" in reason and (file.path in CPP_PRINTS or file.path.startswith(("csrc/tests/", "bench/")))
             if re.search(pattern, line if "include" in pattern else blanked) and not prints:
                 yield number, reason
 

@@ -181,9 +181,7 @@ def _read_exactly(descriptor: int, size_bytes: int, offset_bytes: int, path: Pat
         try:
             part = os.pread(descriptor, missing, offset_bytes + size_bytes - missing)
         except OSError as error:
-            _unreadable(
-                path, f"reading {missing} bytes at {offset_bytes + size_bytes - missing} failed", error
-            )
+            _unreadable(path, f"reading {missing} bytes at {offset_bytes + size_bytes - missing} failed", error)
         if not part:
             what = f"the file ended at byte {offset_bytes + size_bytes - missing} while it was being read"
             refuse(
@@ -200,17 +198,13 @@ def _read_exactly(descriptor: int, size_bytes: int, offset_bytes: int, path: Pat
 def _find_in_directory(directory: Path, variant: str | None) -> Path:
     single, index = SINGLE_NAME, INDEX_NAME
     if variant is not None:
-        single, index = (
-            f"{stem}.{variant}.{suffix}" for stem, suffix in (n.rsplit(".", 1) for n in (single, index))
-        )
+        single, index = (f"{stem}.{variant}.{suffix}" for stem, suffix in (n.rsplit(".", 1) for n in (single, index)))
     for name in (single, index):
         if _is_plain_name(name) and os.path.isfile(directory / name):  # noqa: PTH113
             return directory / name
     present = ", ".join(_names_of_weights(directory)[:8]) or "no such files at all"
     what = f"the directory has neither {single} nor {index} (it has {present})"
-    advice = (
-        "Give the path of the .safetensors file itself; convert pickled .bin weights to safetensors first."
-    )
+    advice = "Give the path of the .safetensors file itself; convert pickled .bin weights to safetensors first."
     return refuse(Rule.CHECKPOINT_MISSING, str(directory), what, advice)
 
 
@@ -254,9 +248,7 @@ def _open_sharded(index: Path, check_total_size: bool) -> Checkpoint:
     _check_map(index, shard_of, file_of, names)
     checkpoint = Checkpoint(index, files, file_of)
     if check_total_size and total_size is not None and total_size != checkpoint.size_bytes:
-        what = (
-            f"metadata.total_size is {total_size}, the shards hold {checkpoint.size_bytes} bytes of tensors"
-        )
+        what = f"metadata.total_size is {total_size}, the shards hold {checkpoint.size_bytes} bytes of tensors"
         advice = "Shards of two checkpoints may be mixed. If the index is known to be wrong: check_total_size=False."
         refuse(Rule.TOTAL_SIZE, str(index), what, advice)
     return checkpoint
@@ -280,9 +272,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | float | None]:
     try:
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes > HEADER_BYTES_MAX:
-            refuse(
-                Rule.INDEX_TOO_LARGE, str(index), f"the index is {size_bytes} bytes long", "This is no index."
-            )
+            refuse(Rule.INDEX_TOO_LARGE, str(index), f"the index is {size_bytes} bytes long", "This is no index.")
         document = load_json(_read_exactly(descriptor, size_bytes, 0, index), str(index))
     finally:
         os.close(descriptor)

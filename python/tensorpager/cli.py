@@ -45,14 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="run a model several times larger than its budget, and check every bit of the output",
-        description="Makes a Llama-architecture checkpoint once, runs prompt and generation under each budget in a process "
+        description="Makes a Llama-architecture checkpoint once, runs prompt and generation under each budget in a "
+        "process "
         "of its own, and checks tokens and logits against the unpaged model bit for bit. Exit status 0 when all agree.",
     )
     demo.add_argument("--directory", default=".demo", help="for the checkpoint and the results (default: .demo)")
     demo.add_argument("--size", default="3.4GB", help="of the checkpoint that is made (default: 3.4GB)")
     demo.add_argument("--model", help="a local transformers checkpoint, instead of making one")
     demo.add_argument(
-        "--budget", action="append", help="a size, or a share of the model: 1GiB, 25%% (repeatable; default: 50%% and 25%%)"
+        "--budget",
+        action="append",
+        help="a size, or a share of the model: 1GiB, 25%% (repeatable; default: 50%% and 25%%)",
     )
     demo.add_argument("--tokens", type=int, default=24, help="to generate (default: 24)")
     demo.add_argument("--engine", default="auto", help="auto, uring or pread (default: auto)")

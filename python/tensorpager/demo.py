@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tensorpager demo`: a model larger than its budget, run unpaged once and paged under each budget, compared bit for bit.
+"""`tensorpager demo`: a model larger than its budget, run unpaged once and paged under each budget, compared bit for
+bit.
 
 Every run is a process of its own (demo_worker.py). What the table says is measured in this run; see `_print_legend`.
 """
@@ -44,17 +45,23 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """One paged run: its facts, and whether tokens and logits (or hidden states) were the unpaged model's, bit for bit."""
+    """One paged run: its facts, and whether tokens and logits (or hidden states) were the unpaged model's, bit for
+    bit."""
 
     label: str
     facts: dict[str, Any]
     identical: bool
 
 
+TOKENS_MIN = 2  # the first token's pass is the prompt's; what is measured comes after it
+
+
 def run_demo(options: DemoOptions, out: TextIO) -> int:
-    """Run it all and print; 0 when every output agreed, else 1. OSError, ValueError, RuntimeError with the worker's words."""
-    if options.tokens < 2:
-        raise ValueError("--tokens must be 2 or more: the first comes from the prompt, the second from the cache")
+    """Run it all and print; 0 when every output agreed, else 1. OSError, ValueError, RuntimeError with the worker's
+    words."""
+    if options.tokens < TOKENS_MIN:
+        msg = "--tokens must be 2 or more: the first comes from the prompt, the second from the cache"
+        raise ValueError(msg)
     root = Path(options.directory)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     model = Path(options.model) if options.model is not None else _made(root, options.size)
@@ -90,9 +97,11 @@ def budget_in_bytes(budget: str, model_bytes: int) -> int:
     try:
         share = float(budget.strip()[:-1]) / 100
     except ValueError:
-        raise ValueError(f"{budget!r} is not a share of the model; write for example '25%'") from None
+        msg = f"{budget!r} is not a share of the model; write for example '25%'"
+        raise ValueError(msg) from None
     if not 0 < share <= 1:
-        raise ValueError(f"the budget {budget!r} must lie above 0% and at 100% or below")
+        msg = f"the budget {budget!r} must lie above 0% and at 100% or below"
+        raise ValueError(msg)
     return int(model_bytes * share)
 
 
@@ -102,7 +111,8 @@ def _run_model(model: Path, budgets: Sequence[str], options: DemoOptions, result
     generates = architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
     model_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     if model_bytes == 0:
-        raise OSError(f"{model} holds no safetensors files")
+        msg = f"{model} holds no safetensors files"
+        raise OSError(msg)
     out.write(f"\n{model.name}: {architectures[0]}, {format_bytes(model_bytes)}, paged in place\n")
     job = {"model": str(model), "tokens": options.tokens, "engine": options.engine, "generate": generates}
     out.write("  running it unpaged, for reference\n")
@@ -122,7 +132,12 @@ def _run_model(model: Path, budgets: Sequence[str], options: DemoOptions, result
     compute_seconds = statistics.median(_warm(references[0]) + _warm(references[1]))
     rows = [_row(run, compute_seconds) for run in runs]
     _print_table(rows, references, compute_seconds, model_bytes, out)
-    summary = {"model": model.name, "model_bytes": model_bytes, "compute_seconds_per_pass": compute_seconds, "runs": rows}
+    summary = {
+        "model": model.name,
+        "model_bytes": model_bytes,
+        "compute_seconds_per_pass": compute_seconds,
+        "runs": rows,
+    }
     (results / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     out.write(f"  pictures (residency.png) and traces for Perfetto (trace.json): {results}/*/\n\n")
     return all(run.identical for run in runs)
@@ -141,7 +156,8 @@ def _run_worker(job: dict[str, Any], output: Path) -> dict[str, Any]:
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise RuntimeError(f"the run with {job['budget_bytes']} bytes failed (status {done.returncode}):\n{done.stderr}")
+        msg = f"the run with {job['budget_bytes']} bytes failed (status {done.returncode}):\n{done.stderr}"
+        raise RuntimeError(msg)
     facts: dict[str, Any] = json.loads((output / "facts.json").read_text(encoding="utf-8"))
     return facts
 
@@ -169,7 +185,9 @@ def _row(run: Result, compute_seconds: float) -> dict[str, Any]:
     seconds = statistics.fmean(_warm(facts))
     floor_seconds = max(compute_seconds, facts["bytes_read_per_pass"] / bandwidth)
     bound = facts["bytes_bound_per_pass"]
-    simple_bound = facts["paged_bytes"] - facts["budget_bytes"] + facts["schedule"]["largest_step_pages"] * facts["page_bytes"]
+    simple_bound = (
+        facts["paged_bytes"] - facts["budget_bytes"] + facts["schedule"]["largest_step_pages"] * facts["page_bytes"]
+    )
     return {
         "budget": run.label,
         **facts,
@@ -190,24 +208,25 @@ def _print_table(
     table = [head]
     peak = max(reference["memory_bytes_max"] for reference in references)
     table.append(("unpaged", f"{peak / MIB:,.0f} MiB", "0", "0", "", "", f"{1 / compute_seconds:.2f}", "", ""))
-    for row in rows:
-        table.append(
-            (
-                f"{row['budget_bytes'] / MIB:,.0f} MiB ({row['budget_bytes'] / model_bytes:.0%})",
-                f"{row['memory_bytes_max'] / MIB:,.0f} MiB",
-                f"{row['bytes_read_per_pass'] / MIB:,.0f} MiB",
-                f"{row['bytes_bound_per_pass'] / MIB:,.0f} MiB",
-                f"{row['hit_rate']:.1%}",
-                f"{row['hit_rate_lru']:.1%}",
-                f"{1 / row['seconds_per_pass']:.2f}",
-                f"{row['time_over_floor']:.2f}",
-                "identical" if row["identical"] else "DIFFER",
-            )
+    table.extend(
+        (
+            f"{row['budget_bytes'] / MIB:,.0f} MiB ({row['budget_bytes'] / model_bytes:.0%})",
+            f"{row['memory_bytes_max'] / MIB:,.0f} MiB",
+            f"{row['bytes_read_per_pass'] / MIB:,.0f} MiB",
+            f"{row['bytes_bound_per_pass'] / MIB:,.0f} MiB",
+            f"{row['hit_rate']:.1%}",
+            f"{row['hit_rate_lru']:.1%}",
+            f"{1 / row['seconds_per_pass']:.2f}",
+            f"{row['time_over_floor']:.2f}",
+            "identical" if row["identical"] else "DIFFER",
         )
+        for row in rows
+    )
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     out.write("\n")
-    for line in table:
-        out.write("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n")
+    out.writelines(
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n" for line in table
+    )
     _print_legend(rows, compute_seconds, out)
 
 
@@ -215,9 +234,12 @@ def _print_legend(rows: list[dict[str, Any]], compute_seconds: float, out: TextI
     base = min(row["memory_bytes_before"] for row in rows)
     bandwidths = ", ".join(f"{row['bandwidth'] / GIB:.2f}" for row in rows)
     out.write(
-        f"\n  A pass is one call of the model: one token. peak RSS is of the whole process, {base / MIB:,.0f} MiB of it Python and\n"
-        "  libraries before the model. bound: no schedule can read less a pass in that budget. hits: page accesses that cost\n"
-        "  no read; LRU: the same for least recently used. floor: the longer of the unpaged pass "
+        "\n  A pass is one call of the model: one token. peak RSS is of the whole process, "
+        f"{base / MIB:,.0f} MiB of it\n"
+        "  Python and libraries before the model. bound: no schedule can read less a pass in that budget. hits: page\n"
+        "  accesses that cost "
+        "no read; LRU: the same for least recently used. floor: the longer of the unpaged pass "
         f"({compute_seconds:.3f} s) and\n"
-        f"  the bytes read at the bandwidth at which the same engine reads the same files ({bandwidths} GiB/s, this run).\n"
+        "  the bytes read at the bandwidth at which the same engine reads the same files "
+        f"({bandwidths} GiB/s, this run).\n"
     )

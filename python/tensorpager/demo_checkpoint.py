@@ -63,19 +63,22 @@ def shape_for(size_bytes: int) -> Shape:
 
 
 def make_checkpoint(parent: Path, shape: Shape) -> Path:
-    """The checkpoint's directory below parent; made now unless it is there. Needs the space of the model and one shard of RAM.
+    """The checkpoint's directory below parent; made now unless it is there. Needs the space of the model and one
+    shard of RAM.
 
-    Written under another name and renamed when it is complete and on the disk, so what is there is whole. Files are 0600.
+    Written under another name and renamed when it is complete and on the disk, so what is there is whole. Files are
+    0600.
     """
     directory = parent / shape.name()
     if directory.is_dir():
         return directory
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < shape.parameter_bytes * 1.1:
-        raise OSError(
+        msg = (
             f"{parent} has {free_bytes} bytes free and the checkpoint takes {shape.parameter_bytes}; "
             "make room, or choose another --directory or a smaller --size"
         )
+        raise OSError(msg)
     unfinished = parent / f"{shape.name()}.unfinished.{os.getpid()}"
     unfinished.mkdir(mode=0o700)
     try:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of the demo in a process of its own: `python -m tensorpager.demo_worker JOB`, JOB being a JSON file.
 
-A process of its own makes the peak of its memory (VmHWM) mean something. Writes facts.json and outputs.npz to the job's directory;
-for a paged run also a picture of the residency and a trace. budget_bytes 0 runs the model unpaged, the way transformers loads it.
+A process of its own makes the peak of its memory (VmHWM) mean something. Writes facts.json and outputs.npz to the
+job's directory;
+for a paged run also a picture of the residency and a trace. budget_bytes 0 runs the model unpaged, the way
+transformers loads it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ FORWARD_PASSES = 8  # of a model that does not generate
 
 
 class PassClock:
-    """Notes the time and the core's counters whenever a pass has ended. A streamer for `generate`, which calls put()."""
+    """Notes the time and the core's counters whenever a pass has ended. A streamer for `generate`, which calls
+    put()."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -47,7 +50,7 @@ class PassClock:
 
     def seconds(self) -> list[float]:
         """Seconds of each pass."""
-        return (np.diff(np.array(self.times_ns, np.int64)) / 1e9).tolist()
+        return [float(gap) for gap in np.diff(np.array(self.times_ns, np.int64)) / 1e9]
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -79,7 +82,8 @@ def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
+    msg = f"/proc/self/status has no {name}"
+    raise OSError(msg)
 
 
 def _load(job: dict[str, Any]) -> tuple[Any, Any]:
@@ -93,7 +97,9 @@ def _load(job: dict[str, Any]) -> tuple[Any, Any]:
 
     config = transformers.AutoConfig.from_pretrained(job["model"])
     model_class = None if job["generate"] else transformers.AutoModel._model_mapping[type(config)]
-    model = tensorpager.from_pretrained(job["model"], job["budget_bytes"], engine=job["engine"], model_class=model_class)
+    model = tensorpager.from_pretrained(
+        job["model"], job["budget_bytes"], engine=job["engine"], model_class=model_class
+    )
     return model, model.pager
 
 
@@ -134,12 +140,17 @@ def _paging_facts(pager: Any, clock: PassClock) -> dict[str, Any]:
     stats = pager.stats()
     last, first = clock.counters[-1], clock.counters[min(WARM_PASSES, len(clock.counters) - 2)]
     passes = len(clock.counters) - 1 - min(WARM_PASSES, len(clock.counters) - 2)
-    delta = {name: last[name] - first[name] for name in ("bytes_read", "page_ins", "page_accesses", "stall_ns", "faults")}
+    delta = {
+        name: last[name] - first[name] for name in ("bytes_read", "page_ins", "page_accesses", "stall_ns", "faults")
+    }
     events = pager._director.events
     if events is None:
-        raise RuntimeError(f"no pass was planned: {stats['trace_failure'] or stats['plan_failure']}")
+        msg = f"no pass was planned: {stats['trace_failure'] or stats['plan_failure']}"
+        raise RuntimeError(msg)
     core = pager._core
-    steps = steps_from_events(events, {int(number): core.set_pages(int(number)) for number in np.unique(abs(events)) - 1})
+    steps = steps_from_events(
+        events, {int(number): core.set_pages(int(number)) for number in np.unique(abs(events)) - 1}
+    )
     certificate = stats["schedule"]
     accesses = certificate["accesses_per_pass"]
     return {

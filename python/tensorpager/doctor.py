@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine offers for paging, and why: gathered as plain data, for `tensorpager doctor` and for bug reports.
 
-Needs no torch. Everything is read from the system at the time of the call; nothing is changed. What can't be found out is a
-finding with the reason, never an exception.
+Needs no torch. Everything is read from the system at the time of the call; nothing is changed. What can't be found
+out is a finding with the reason, never an exception.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Report:
 
 
 def examine(directories: Sequence[str | os.PathLike[str]] = (".",)) -> Report:
-    """Look at this machine, and at the directories that checkpoints and spill would live in. Takes well under a second."""
+    """Look at this machine, and at the directories that checkpoints and spill would live in. Takes well under a
+    second."""
     findings = [
         Finding("system", "kernel", "ok", platform.release()),
         Finding("system", "cores", "ok", str(len(os.sched_getaffinity(0)))),
@@ -76,7 +77,7 @@ def _engines() -> list[Finding]:
     except ImportError as error:
         advice = f"{error}; build it with `pip install .` or `make setup`"
         return [Finding("engine", "native module", "absent", "can't be imported", advice, needed=True)]
-    found = []
+    found: list[Finding] = []
     candidates = [candidate for candidate in _core.probe_engines() if candidate.engine in PAGING_ENGINES]
     for rank, candidate in enumerate(candidates):
         value = "usable" if candidate.usable else "not usable here"
@@ -96,7 +97,7 @@ def _directory(directory: Path) -> list[Finding]:
         facts = _core.probe_directory(name)
     except ImportError:
         return []
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with the directory is the finding
+    except Exception as error:
         return [Finding("directory", name, "absent", "can't be used", str(error))]
     free_bytes = _free_bytes(directory)
     if facts.direct:
@@ -120,7 +121,9 @@ def _drive(directory: Path) -> Finding:
     name = f"{os.major(device)}:{os.minor(device)}"
     node = Path("/sys/dev/block") / name
     if not node.exists():
-        return Finding("drive", name, "limited", "not a block device", "a network or memory file system, or a stack of them")
+        return Finding(
+            "drive", name, "limited", "not a block device", "a network or memory file system, or a stack of them"
+        )
     node = node.resolve()
     disk = node if (node / "queue").is_dir() else node.parent
     size_bytes = int(_text(disk / "size", "0")) * 512
@@ -149,6 +152,7 @@ def _memory() -> Finding:
 
 def _cgroup() -> Finding:
     """The tightest memory limit on the way from this process's group to the root, in version 2 or 1."""
+    roots: tuple[str, ...]
     limits = []
     for line in _text(Path("/proc/self/cgroup"), "").splitlines():
         _, controllers, group = line.split(":", 2)
@@ -178,7 +182,9 @@ def _memlock() -> Finding:
         return Finding("memory", "locked memory", "ok", "unlimited")
     if os.geteuid() == 0:
         return Finding("memory", "locked memory", "ok", f"{format_bytes(soft)}, which does not bind root")
-    detail = "frames beyond it are not registered with io_uring: more CPU per byte, same bandwidth; raise it with ulimit -l"
+    detail = (
+        "frames beyond it are not registered with io_uring: more CPU per byte, same bandwidth; raise it with ulimit -l"
+    )
     return Finding("memory", "locked memory", "limited", format_bytes(soft), detail)
 
 

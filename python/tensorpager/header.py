@@ -189,21 +189,15 @@ def header_size_bytes(prefix: bytes, file_size_bytes: int, path: str) -> int:
     size_bytes = int.from_bytes(prefix[:LENGTH_PREFIX_BYTES], "little")
     if size_bytes > HEADER_BYTES_MAX:
         what = f"the first 8 bytes give a header of {size_bytes} bytes"
-        advice = (
-            "This is likely no safetensors file (a pickled .bin or a Git LFS pointer under a wrong name?)."
-        )
+        advice = "This is likely no safetensors file (a pickled .bin or a Git LFS pointer under a wrong name?)."
         refuse(Rule.HEADER_TOO_LARGE, path, what, advice)
     if LENGTH_PREFIX_BYTES + size_bytes > file_size_bytes:
-        what = (
-            f"the header should end at byte {LENGTH_PREFIX_BYTES + size_bytes}, the file at {file_size_bytes}"
-        )
+        what = f"the header should end at byte {LENGTH_PREFIX_BYTES + size_bytes}, the file at {file_size_bytes}"
         refuse(Rule.HEADER_PAST_END, path, what, INTERRUPTED)
     return size_bytes
 
 
-def parse_header(
-    header: bytes, file_size_bytes: int, path: str
-) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def parse_header(header: bytes, file_size_bytes: int, path: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Parses and checks a whole header.
 
     `header` is the file's bytes from 8 on, exactly as many as its length prefix says; `path` is for messages.
@@ -255,9 +249,7 @@ def load_json(text: bytes, path: str) -> object:
     def integer(literal: str) -> int | float:
         # What does not fit 64 bits, and -0, is no integer to the reference reader either; and the length of what
         # int() is given stays bounded.
-        return (
-            finite(literal) if len(literal) > JSON_INTEGER_CHARACTERS_MAX or literal == "-0" else int(literal)
-        )
+        return finite(literal) if len(literal) > JSON_INTEGER_CHARACTERS_MAX or literal == "-0" else int(literal)
 
     def constant(literal: str) -> NoReturn:
         refuse(Rule.JSON_NUMBER, path, f"{literal} is not JSON", WRITER)
@@ -284,9 +276,7 @@ _DEPTH_CHUNK_BYTES = 1 << 20
 def _check_depth(text: bytes, path: str) -> None:
     # Before the parser runs, since it recurses on the C stack as deep as the interpreter's limit lets it. Only quotes
     # and brackets are kept; dropping two adjacent quotes leaves every bracket inside or outside a string as it was.
-    structure = (
-        text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE).replace(b'""', b"")
-    )
+    structure = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE).replace(b'""', b"")
     depth, in_string = 0, False
     for start in range(0, len(structure), _DEPTH_CHUNK_BYTES):
         chunk = (b'"' if in_string else b"") + structure[start : start + _DEPTH_CHUNK_BYTES]
@@ -294,9 +284,7 @@ def _check_depth(text: bytes, path: str) -> None:
         brackets = _JSON_STRING.sub(b"", chunk)
         depths = list(accumulate(map(_BRACKET_STEP.__getitem__, brackets), initial=depth))
         if max(depths) > JSON_DEPTH_MAX:
-            refuse(
-                Rule.JSON_DEPTH, path, f"the JSON text is nested {max(depths)} levels deep or deeper", DAMAGED
-            )
+            refuse(Rule.JSON_DEPTH, path, f"the JSON text is nested {max(depths)} levels deep or deeper", DAMAGED)
         depth = depths[-1]
 
 
@@ -334,9 +322,7 @@ def _checked_entry(name: str, entry: object, path: str) -> tuple[int, int, str, 
         refuse(Rule.ENTRY_TYPE, path, what, WRITER)
     for field in ("dtype", "shape", "data_offsets"):
         if field not in entry:
-            refuse(
-                Rule.ENTRY_FIELD_MISSING, path, f"the entry of tensor {shown(name)} has no {field}", WRITER
-            )
+            refuse(Rule.ENTRY_FIELD_MISSING, path, f"the entry of tensor {shown(name)} has no {field}", WRITER)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         refuse(Rule.DTYPE_TYPE, path, f"the dtype of tensor {shown(name)} is {str(dtype)[:80]}", WRITER)
@@ -345,11 +331,7 @@ def _checked_entry(name: str, entry: object, path: str) -> tuple[int, int, str, 
         refuse(Rule.DTYPE_UNKNOWN, path, what, "The file may need a newer release of tensorpager.")
     if not isinstance(shape, list) or not all(map(_is_u64, shape)):
         refuse(Rule.SHAPE_TYPE, path, f"the shape of tensor {shown(name)} is {str(shape)[:80]}", WRITER)
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != len(("begin", "end"))
-        or not all(map(_is_u64, offsets))
-    ):
+    if not isinstance(offsets, list) or len(offsets) != len(("begin", "end")) or not all(map(_is_u64, offsets)):
         refuse(
             Rule.OFFSETS_TYPE,
             path,
@@ -364,9 +346,7 @@ def _check_place(name: str, begin: int, end: int, position: int, path: str) -> N
     if end < begin:
         refuse(Rule.OFFSETS_REVERSED, path, where, WRITER)
     if begin > position:
-        what = (
-            f"{where}, the tensors before it end at {position}: {begin - position} bytes belong to no tensor"
-        )
+        what = f"{where}, the tensors before it end at {position}: {begin - position} bytes belong to no tensor"
         refuse(Rule.OFFSETS_HOLE, path, what, WRITER)
     if begin < position:
         what = f"{where}, the tensor before it ends at {position}"
@@ -396,6 +376,4 @@ def _check_end(end: int, file_size_bytes: int, path: str) -> None:
     if end < file_size_bytes:
         what = f"the last tensor ends at byte {end}, the file is {file_size_bytes} bytes long"
         advice = "Bytes were added, or it is the wrong header for this data: fetch or save the file again."
-        refuse(
-            Rule.TRAILING_BYTES, path, f"{what}: {file_size_bytes - end} bytes belong to no tensor", advice
-        )
+        refuse(Rule.TRAILING_BYTES, path, f"{what}: {file_size_bytes - end} bytes belong to no tensor", advice)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads files through the core in file order and says how fast: the bandwidth a paged run can be held against.
 
-Same engine, same transfer sizes, same frames as a model's pages; no torch. The reads are O_DIRECT where the file system has it, so the
-page cache plays no part.
+Same engine, same transfer sizes, same frames as a model's pages; no torch. The reads are O_DIRECT where the file
+system has it, so the page cache plays no part.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def sweep_files(
 ) -> Sweep:
     """Page the files in once, in order, bytes_max of them at most, and drop each page at once.
 
-    start: where to begin, as a share of the pages. Opening the files, allocating the frames and planning are outside of the time
-    measured. IoError, EngineError, BudgetError as for a pager.
+    start: where to begin, as a share of the pages. Opening the files, allocating the frames and planning are outside
+    of the time measured. IoError, EngineError, BudgetError as for a pager.
     """
     from tensorpager._core import Pager as Core
 

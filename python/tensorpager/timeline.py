@@ -2,8 +2,8 @@
 """A pager's events as pictures: a trace for Perfetto (or chrome://tracing), and which pages were resident when, as PNG.
 
 Events are what `_core.Pager.events()` returns: a structured array, oldest first, with the fields time_ns (u8, monotonic
-clock), kind (u1, index into EVENT_KINDS), page, frame, step, set (i4, -1: none) and thread (u4). Needs neither torch nor
-the native module; matplotlib is imported by `residency_png` alone.
+clock), kind (u1, index into EVENT_KINDS), page, frame, step, set (i4, -1: none) and thread (u4). Needs neither torch
+nor the native module; matplotlib is imported by `residency_png` alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def chrome_trace(
 ) -> dict[str, Any]:
     """The events in Chrome's trace format, for `json.dump`; times in microseconds since the first event.
 
-    Tracks: one for each transfer in flight at a time (page-in, writeback), evictions and faults, one for each thread that
+    Tracks: one for each transfer in flight at a time (page-in, writeback), evictions and faults, one for each thread
+    that
     acquires (waits and stalls), the windows between acquire and release, and counters of resident and in-flight bytes.
     set_names: what to call a set; "set 7" otherwise. A transfer that is cut off by either end of the ring is left out.
     """
@@ -259,13 +260,15 @@ def residency_png(
     set_pages: Mapping[int, npt.NDArray[np.int32]] | None = None,
     resident_at_end: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """Draw which pages were resident when (x: seconds, y: page), above it the bytes resident, with the budget as a line.
+    """Draw which pages were resident when (x: seconds, y: page), above it the bytes resident, with the budget as a
+    line.
 
     set_pages: pages of each set, to show what is in use between acquire and release; resident_at_end: see
     residency_intervals. Written to path with mode 0600. ValueError without events; ImportError without matplotlib.
     """
     if len(events) == 0:
-        raise ValueError("there are no events to draw: nothing has been acquired, or the ring was just reset")
+        msg = "there are no events to draw: nothing has been acquired, or the ring was just reset"
+        raise ValueError(msg)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -352,7 +355,8 @@ def _draw_pages(
     ]
     if len(layers[1]):
         patches.append(Patch(facecolor=IN_USE_COLOUR, label="in use"))
-    axes.legend(handles=patches, loc="upper right", ncols=3, framealpha=0.95, fontsize=9)
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "borderaxespad": 0.2}
+    axes.legend(handles=patches, ncols=3, frameon=False, fontsize=9, **place)
     axes.set_xlabel("time, s", color=INK)
     _style(axes, "place in the model, MiB")
 

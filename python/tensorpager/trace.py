@@ -49,10 +49,12 @@ __all__ = ["record_on_fakes"]
 
 _one_at_a_time = threading.Lock()
 
-# Operators that take a tensor for its shape and dtype alone.
+# Operators that look at a tensor's shape, dtype or flags alone, and those of the namespace "prim".
 _SHAPE_ONLY = frozenset(
     {"empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like"}
     | {"rand_like", "randint_like", "randn_like", "zeros_like"}
+    | {"is_contiguous", "is_non_overlapping_and_dense", "is_pinned", "is_same_size", "is_strides_like_format", "numel"}
+    | {"size", "stride", "sym_numel", "sym_size", "sym_storage_offset", "sym_stride"}
 )
 
 
@@ -278,7 +280,7 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _reads_nothing(func: Any) -> bool:
-    if func.overloadpacket.__name__ in _SHAPE_ONLY:
+    if func.namespace == "prim" or func.overloadpacket.__name__ in _SHAPE_ONLY:
         return True
     returns = func._schema.returns
     return bool(returns) and all(out.alias_info is not None and not out.alias_info.is_write for out in returns)
