@@ -223,6 +223,40 @@ def test_kill_9_leaves_nothing_behind(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+def spill_of(directory: Path) -> str:
+    """The one open file without a name in the directory, as a path of this process."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    spills = [link for link in links if os.readlink(link).startswith(f"{directory}/")]  # noqa: PTH115
+    assert len(spills) == 1
+    return str(spills[0])
+
+
+def test_a_spilled_page_that_changed_on_the_drive_is_found_out(pager: _core.Pager, tmp_path: Path) -> None:
+    """One byte of every extent is changed behind the pager's back: no page that comes from there is ever shown."""
+    region = pager.map_spill(30 * PAGE)
+    steps = [pager.add_set([(region.address + i * PAGE, PAGE)], f"page {i}") for i in range(30)]
+    tensor = torch.from_dlpack(pager.tensor(region.address, 30 * PAGE))
+    tensor.copy_(torch.arange(30 * PAGE, dtype=torch.uint8))
+    spilled = pager.stats()["writebacks"]
+    assert spilled >= 20
+    descriptor = os.open(spill_of(tmp_path), os.O_RDWR)
+    for extent in range(spilled):
+        os.pwrite(descriptor, b"\xaa\x55", extent * PAGE + 1000)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    corrupt = []
+    for step in steps:
+        try:
+            pager.acquire(step)
+            pager.release(step)
+        except errors.CorruptPageError as error:
+            corrupt.append(error)
+    assert len(corrupt) == spilled
+    assert all(isinstance(error, errors.IoError) and isinstance(error, errors.TensorPagerError) for error in corrupt)
+    assert all("checksum" in str(error) for error in corrupt)
+    assert pager.stats()["pinned_pages"] == 0
+
+
 def test_probe_tells_engines_with_reasons() -> None:
     candidates = _core.probe_engines()
     assert [candidate.engine for candidate in candidates] == ["uring", "pread", "null"]
