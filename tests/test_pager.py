@@ -181,8 +181,8 @@ class Mixed(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.half = torch.nn.Parameter(torch.randn(300, 7).bfloat16())
-        self.double = torch.nn.Parameter(torch.randn(5, 1001).double())
+        self.halves = torch.nn.Parameter(torch.randn(300, 7).bfloat16())
+        self.doubles = torch.nn.Parameter(torch.randn(5, 1001).double())
         self.complex = torch.nn.Parameter(torch.randn(33, dtype=torch.complex64))
         self.integers = torch.nn.Parameter(torch.arange(-64, 63, dtype=torch.int8), requires_grad=False)
         self.mask = torch.nn.Parameter(torch.rand(77) > 0.5, requires_grad=False)
@@ -393,7 +393,7 @@ def test_a_module_that_calls_itself() -> None:
 
 def test_threads_share_a_model() -> None:
     net, twin = make_net()
-    ids = [(some_ids() + shift) % 1000 for shift in range(4)]
+    ids = [(some_ids() + shift) % 1000 for shift in range(2)]
     with torch.no_grad():
         expected = [twin(i) for i in ids]
     wrong: list[int] = []
@@ -404,14 +404,14 @@ def test_threads_share_a_model() -> None:
                 wrong.extend([index] * (not torch.equal(net(ids[index]), expected[index])))
 
     with tp.page(net, 24 * MIB) as pager:
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert wrong == []
         assert pager.stats()["pinned_pages"] == 0
-        assert pager.stats()["passes"] == 12
+        assert pager.stats()["passes"] == 6
 
 
 def test_two_pagers_at_a_time() -> None:
@@ -547,8 +547,8 @@ def test_a_child_of_fork_is_told_and_its_parent_unharmed() -> None:
         child = os.fork()
         if child == 0:
             codes = 0
-            for use in (lambda: net(some_ids()), lambda: net.embed.weight + 1, lambda: net.gain if False else
-            repr(pager)):
+            uses = [lambda: net(some_ids()), lambda: net.embed.weight + 1, lambda: net.embed.weight.tolist()]
+            for use in uses:
                 try:
                     use()
                 except tp.ForkedProcessError as error:
@@ -557,7 +557,7 @@ def test_a_child_of_fork_is_told_and_its_parent_unharmed() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(net(some_ids()), twin(some_ids())))
         """
     )
-    assert result.stdout.split() == ["2", "True"], result.stderr
+    assert result.stdout.split() == ["3", "True"], result.stderr
     assert result.returncode == 0
 
 
@@ -587,6 +587,7 @@ def test_ctrl_c_in_the_middle_of_a_run() -> None:
         def interrupt():
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)
+        net(some_ids())
         caught = 0
         for _ in range(3):
             threading.Thread(target=interrupt).start()
@@ -631,6 +632,7 @@ def test_interrupt_main_while_it_computes() -> None:
             return super().forward(x)
 
     with tp.page(net, BUDGET) as pager:
+        net(some_ids())
         plain_class = type(net.head)
         net.head.__class__ = Interrupting
         with pytest.raises(KeyboardInterrupt):

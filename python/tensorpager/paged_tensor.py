@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backing",
+    "Held",
     "PagedTensor",
     "Tracer",
     "hold_arguments",
     "make_paged",
     "ordinary_copy",
     "reads_bytes",
-    "release_all",
     "set_tracer",
     "span_of",
 ]
@@ -57,7 +57,7 @@ _call_unguarded = torch._C._disabled_torch_function_impl
 class Backing:
     """What a paged tensor and all its views have in common: the core that pages them, and who holds them resident.
 
-    windows: the module calls that hold the tensor while one of them is open (`Window.depth` > 0).
+    windows: the module calls that hold the tensor while one of them is open (`Window.open`).
     hold_bytes_max: an operation on more than this is not held at once; its pages come in as they are touched.
     """
 
@@ -71,7 +71,7 @@ class Backing:
 
     def in_window(self) -> bool:
         """Whether a module call that is open holds the tensor."""
-        return any(window.depth > 0 for window in self.windows)
+        return any(window.open for window in self.windows)
 
 
 class Tracer(Protocol):
@@ -129,6 +129,43 @@ class PagedTensor(torch.Tensor):
 _ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
 
 
+class Held:
+    """What one operation holds resident. Released explicitly, or at the latest when the operation's frame is gone."""
+
+    __slots__ = ("_cores", "_released", "_set_ids", "size_bytes")
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self._cores: list[Core] = []
+        self._set_ids: list[int] = []
+        self._released: list[None] = []
+
+    def hold(self, core: Core, address: int, size_bytes: int) -> None:
+        """Wait until a byte range is resident. What the core raises comes out, and then nothing is held.
+
+        For the way it is noted see [Note: one C call] in windows.py.
+        """
+        self._cores.append(core)
+        try:
+            self._set_ids.extend(map(core.hold, (address,), (size_bytes,)))
+        except BaseException:
+            self.release()
+            raise
+        self.size_bytes += size_bytes
+
+    def release(self) -> None:
+        """Let all of it go; again is harmless."""
+        while len(self._released) < len(self._set_ids):
+            done = len(self._released)
+            if self._set_ids[done] < 0:  # more than fits: nothing was held
+                self._released.append(None)
+            else:
+                self._released.extend(map(self._cores[done].release, (self._set_ids[done],)))
+
+    def __del__(self) -> None:
+        self.release()
+
+
 def make_paged(
     plain: torch.Tensor, backing: Backing, *, parameter: bool = False, requires_grad: bool = False
 ) -> PagedTensor:
@@ -155,71 +192,59 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 def ordinary_copy(tensor: PagedTensor) -> torch.Tensor:
     """An ordinary tensor with the same values, strides and requires_grad; a Parameter for a paged parameter."""
-    held: list[tuple[Core, int]] = []
+    held = _hold(tensor, None)
     try:
-        _hold(tensor, held, 0)
         with _NoGuard():
             copy = tensor.detach().clone(memory_format=torch.preserve_format)
             if getattr(tensor, "_is_param", False):
                 return torch.nn.Parameter(copy, tensor.requires_grad)
             return copy.requires_grad_(tensor.requires_grad)
     finally:
-        release_all(held)
+        if held is not None:
+            held.release()
 
 
-def _hold(tensor: PagedTensor, held: list[tuple[Core, int]], held_bytes: int) -> int:
-    """Make the tensor resident and note it in `held`; returns held_bytes plus what it adds. Blocks on I/O."""
+def _hold(tensor: PagedTensor, held: Held | None) -> Held | None:
+    """Make the tensor resident, unless its module's call does already, and note it. Blocks on I/O."""
     backing = tensor._tp_backing
     if backing is None:
-        return held_bytes
+        return held
     for window in backing.windows:
-        if window.depth > 0:
-            return held_bytes
+        if window.open:
+            return held
     span = tensor._tp_span
     if span is None:
         span = tensor._tp_span = span_of(tensor)
     address, size_bytes = span
-    if held_bytes + size_bytes > backing.hold_bytes_max:
+    if held is None:
+        held = Held()
+    if held.size_bytes + size_bytes > backing.hold_bytes_max:
         _throw_if_closed(backing)
-        return held_bytes
-    if size_bytes == 0:
-        return held_bytes
-    set_id = backing.core.hold(address, size_bytes)
-    if set_id >= 0:
-        held.append((backing.core, set_id))
-    return held_bytes + size_bytes
+    elif size_bytes > 0:
+        held.hold(backing.core, address, size_bytes)
+    return held
 
 
-def hold_arguments(values: Any, held: list[tuple[Core, int]], held_bytes: int) -> int:
-    """Make every paged tensor among arguments resident, those in lists too, and note what to release in `held`.
-
-    Returns held_bytes plus what they add. An exception leaves what is held so far in `held`.
-    """
+def hold_arguments(values: Any, held: Held | None) -> Held | None:
+    """Make every paged tensor among arguments resident, those in lists too; None when there is nothing to release."""
     for value in values:
         kind = type(value)
         if kind is PagedTensor:
-            held_bytes = _hold(value, held, held_bytes)
+            held = _hold(value, held)
         elif kind is list or kind is tuple:
-            held_bytes = hold_arguments(value, held, held_bytes)
-    return held_bytes
-
-
-def release_all(held: list[tuple[Core, int]]) -> None:
-    """Undo hold_arguments."""
-    for core, set_id in held:
-        core.release(set_id)
+            held = hold_arguments(value, held)
+    return held
 
 
 def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    held: list[tuple[Core, int]] = []
+    held = hold_arguments(args, None)
+    if kwargs:
+        held = hold_arguments(kwargs.values(), held)
     try:
-        held_bytes = hold_arguments(args, held, 0)
-        if kwargs:
-            hold_arguments(kwargs.values(), held, held_bytes)
         result = _call_unguarded(func, (), args, kwargs)
     finally:
-        if held:
-            release_all(held)
+        if held is not None:
+            held.release()
     return _keep_views_paged(result, args)
 
 
@@ -227,13 +252,12 @@ def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args
     """Another tensor subclass takes part: hold ours, hand over plain aliases, and let the other one's rules decide."""
     if all(kind in _ORDINARY_TYPES for kind in types):
         return _guarded(func, args, kwargs)
-    held: list[tuple[Core, int]] = []
+    held = hold_arguments((*args, *kwargs.values()), None)
     try:
-        held_bytes = hold_arguments(args, held, 0)
-        hold_arguments(kwargs.values(), held, held_bytes)
         return func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
     finally:
-        release_all(held)
+        if held is not None:
+            held.release()
 
 
 def _plain(value: Any) -> Any:

@@ -274,4 +274,5 @@ def _attach(
             if isinstance(parameter, PagedTensor) and parameter._tp_backing is not None:
                 parameter._tp_backing.windows.append(item.window)
     model.register_forward_hook(RootLeaveHook(director), always_call=True)
+    core.reset_stats()  # the counters tell of the model's runs, not of moving it in
     return Pager(core, director, paged_bytes, tensor_count, spilled_bytes)

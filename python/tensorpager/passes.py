@@ -103,15 +103,15 @@ class PassDirector:
         with self._lock:
             if self._tried_to_trace or self._recorded_thread is not None:
                 return
-            self._tried_to_trace = True
             from tensorpager.trace import record_on_fakes
 
             try:
                 events = record_on_fakes(model, self._core, args, kwargs)
             except TraceError as error:
                 self.trace_failure = str(error)
-                return
-            self._plan(events)
+            else:
+                self._plan(events)
+            self._tried_to_trace = True
 
     def _follow(self, events: npt.NDArray[np.int32]) -> None:
         """A pass took these steps. Plan for it if it is new; go back to a known one when it comes twice in a row."""

@@ -36,7 +36,6 @@ from tensorpager.paged_tensor import (
     PagedTensor,
     hold_arguments,
     reads_bytes,
-    release_all,
     set_tracer,
     span_of,
 )
@@ -193,20 +192,20 @@ class _FakeRun:
         if func in op_rules.ADDRESSES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        held: list[tuple[Core, int]] = []
         depth = len(self._held)
+        values = (*args, *kwargs.values())
+        reads = reads_bytes(func, args, kwargs)
+        held = hold_arguments(values, None) if reads else None
         try:
-            if reads_bytes(func, args, kwargs):
-                held_bytes = hold_arguments(args, held, 0)
-                hold_arguments(kwargs.values(), held, held_bytes)
-                self._held.extend(_paged_among((*args, *kwargs.values())))
+            self._held.extend(_paged_among(values) if reads else ())
             fake_args = self._to_fake(args)
             fake_kwargs = {name: self._to_fake(value) for name, value in kwargs.items()}
             with torch._C.DisableTorchFunctionSubclass():
                 return self._from_fake(func(*fake_args, **fake_kwargs))
         finally:
             del self._held[depth:]
-            release_all(held)
+            if held is not None:
+                held.release()
 
     def _to_fake(self, value: Any) -> Any:
         kind = type(value)

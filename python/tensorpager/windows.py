@@ -9,10 +9,14 @@ torch runs "always called" hooks when a forward raises an Exception, but not for
 thread therefore lists its open calls together with the frame of `Module._call_impl` that runs them; a call whose frame
 is no longer on the stack when the thread enters its next one was abandoned, and its pages are released then.
 
+[Note: one C call]
+A signal that arrives while the core waits becomes a KeyboardInterrupt the moment acquire() has returned, before Python
+can note that it did. `done.extend(map(acquire, (set_id,)))` acquires and notes it in one call of C code, which no
+signal handler can interrupt.
+
 Hooks are copied and pickled as `inert_hook`: a copy of a paged model is an ordinary model.
 
-Threads: any number may run the same module; each keeps its own list. `Window.depth` is a hint that may be off by a
-concurrent change: too low costs a second hold, too high a trap.
+Threads: any number may run the same module; each keeps its own list.
 """
 
 from __future__ import annotations
@@ -28,33 +32,53 @@ import torch
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["EnterHook", "Hook", "LeaveHook", "Window", "calling_frame", "inert_hook", "is_on_stack"]
+__all__ = ["Call", "EnterHook", "Hook", "LeaveHook", "Window", "calling_frame", "inert_hook", "is_on_stack"]
 
 _CALL_IMPL = torch.nn.Module._call_impl.__code__
 
 
 class Window:
-    """The pages of one module's own parameters. depth: how many calls of the module are open, over all threads."""
+    """The pages of one module's own parameters. open: the calls that hold them, of all threads."""
 
-    __slots__ = ("core", "depth", "name", "set_id")
+    __slots__ = ("core", "name", "open", "set_id")
 
     def __init__(self, core: Core, set_id: int, name: str) -> None:
         self.core = core
         self.set_id = set_id
         self.name = name
-        self.depth = 0
+        self.open: list[Call] = []
+
+
+class Call:
+    """One call of a module, run by `frame`. See [Note: one C call]."""
+
+    __slots__ = ("_done", "_window", "frame")
+
+    def __init__(self, window: Window, frame: FrameType) -> None:
+        self.frame = frame
+        self._window = window
+        self._done: list[None] = []  # one entry once acquired, two once released
+
+    def acquire(self) -> None:
+        """Wait for the pages. Raises what the core's acquire raises."""
+        window = self._window
+        self._done.extend(map(window.core.acquire, (window.set_id,)))
+        window.open.append(self)
 
     def release(self) -> None:
-        """Close one call."""
-        self.depth -= 1
-        self.core.release(self.set_id)
+        """Undo as much of acquire() as was done; again is harmless."""
+        window = self._window
+        if self in window.open:
+            window.open.remove(self)
+        if len(self._done) == 1:
+            self._done.extend(map(window.core.release, (window.set_id,)))
 
 
 class _OpenCalls(threading.local):
-    """The open windows of this thread, innermost last, each with the frame of its call."""
+    """The open calls of this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Window, FrameType]] = []
+        self.calls: list[Call] = []
 
 
 _open = _OpenCalls()
@@ -98,13 +122,12 @@ class EnterHook(Hook):
         calls = _open.calls
         if calls:
             _drop_abandoned(calls)
-        window = self.window
         frame = sys._getframe(1)
-        if frame.f_code is not _CALL_IMPL and frame.f_back is not None:  # its inner function; inlined, it is speed
+        if frame.f_code is not _CALL_IMPL and frame.f_back is not None:  # calling_frame(), inlined: this is every call
             frame = frame.f_back
-        window.core.acquire(window.set_id)
-        window.depth += 1
-        calls.append((window, frame))
+        call = Call(self.window, frame)
+        calls.append(call)
+        call.acquire()
 
 
 class LeaveHook(Hook):
@@ -122,12 +145,15 @@ class LeaveHook(Hook):
         frame = sys._getframe(1)
         if frame.f_code is not _CALL_IMPL and frame.f_back is not None:
             frame = frame.f_back
-        if calls and calls[-1][1] is frame:
-            calls.pop()[0].release()
-        elif any(call[1] is frame for call in calls):  # calls inside this one were abandoned and survived
-            while calls[-1][1] is not frame:
-                calls.pop()[0].release()
-            calls.pop()[0].release()
+        if calls and calls[-1].frame is frame:
+            calls[-1].release()
+            del calls[-1]
+        elif any(call.frame is frame for call in calls):  # calls inside this one were abandoned, and forward went on
+            while calls[-1].frame is not frame:
+                calls[-1].release()
+                del calls[-1]
+            calls[-1].release()
+            del calls[-1]
 
 
 def calling_frame(depth: int) -> FrameType:
@@ -148,7 +174,8 @@ def is_on_stack(frame: FrameType) -> bool:
     return False
 
 
-def _drop_abandoned(calls: list[tuple[Window, FrameType]]) -> None:
+def _drop_abandoned(calls: list[Call]) -> None:
     """See [Note: abandoned calls]. Those still running are nested calls, and stay."""
-    while calls and not is_on_stack(calls[-1][1]):
-        calls.pop()[0].release()
+    while calls and not is_on_stack(calls[-1].frame):
+        calls[-1].release()
+        del calls[-1]
