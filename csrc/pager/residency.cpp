@@ -386,23 +386,33 @@ void Residency::fail_all_waiters(const Error& error) {
   while (waiters != nullptr) fail_waiter(*waiters, error);
 }
 
+std::optional<std::int64_t> Residency::eviction_rank(PageId page, std::int64_t used_after) const {
+  const PageEntry& entry = table.at(page);
+  const auto age = -static_cast<std::int64_t>(entry.last_use);
+  if (!tape) return age;
+  constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max() / 2;
+  const Schedule& schedule = tape->schedule();
+  const std::optional<std::int64_t> use = schedule.next_use(page, tape->position());
+  if (!use) return kNever + age;  // never used by the schedule: first to go, least recently used first
+  if (*use <= used_after) return std::nullopt;
+  // A page that the schedule brings in again before its next use is one that it does without meanwhile. Evicting one
+  // that it keeps instead would leave the two exchanged for ever: equal bytes, but a fault in every pass.
+  const std::optional<std::int64_t> reload = schedule.next_page_in(page, tape->next_action);
+  const bool done_without = reload && schedule.action(*reload).deadline <= *use;
+  return done_without ? *use + kNever / 2 : *use;
+}
+
 PageId Residency::choose_victim(std::int64_t used_after, bool clean_only) const {
   PageId best;
-  std::int64_t best_key = std::numeric_limits<std::int64_t>::min();
+  std::int64_t best_rank = std::numeric_limits<std::int64_t>::min();
   for (const PageId page : frame_page) {
     if (!page.valid()) continue;
     const PageEntry& entry = table.at(page);
     if (entry.state != PageState::device || entry.pins > 0 || (clean_only && entry.dirty)) continue;
-    std::int64_t key = -static_cast<std::int64_t>(entry.last_use);
-    if (tape) {
-      const auto use = tape->schedule().next_use(page, tape->position());
-      if (use && *use <= used_after) continue;
-      // Never used by the schedule: first to go, least recently used first.
-      key = use ? *use : std::numeric_limits<std::int64_t>::max() / 2 - static_cast<std::int64_t>(entry.last_use);
-    }
-    if (!best.valid() || key > best_key) {
+    const std::optional<std::int64_t> rank = eviction_rank(page, used_after);
+    if (rank && (!best.valid() || *rank > best_rank)) {
       best = page;
-      best_key = key;
+      best_rank = *rank;
     }
   }
   return best;

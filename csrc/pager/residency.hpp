@@ -128,6 +128,8 @@ class Residency {
   PageId choose_victim(std::int64_t used_after, bool clean_only) const;
 
  private:
+  // Larger goes first; nothing for a page that is used too soon to go.
+  std::optional<std::int64_t> eviction_rank(PageId page, std::int64_t used_after) const;
   void throw_if_closing() const;
   void pin_all(const PageSet& set);
   void unpin_all(const PageSet& set);

@@ -90,6 +90,10 @@ IoQueue* g_queue_of_handler = nullptr;
 std::atomic<int> g_handled{0};
 
 TEST_P(WakeTest, a_signal_handler_may_wake) {
+#ifdef __SANITIZE_THREAD__
+  // ThreadSanitizer runs handlers when the interrupted thread calls something it intercepts; io_uring_enter is not.
+  if (std::string(GetParam().name) == "uring") GTEST_SKIP() << "ThreadSanitizer delays the handler for ever";
+#endif
   g_queue_of_handler = queue_.get();
   g_handled = 0;
   struct sigaction action{}, before{};
