@@ -88,8 +88,8 @@ def test_waits_nest_on_the_threads_track_under_the_sets_name() -> None:
 
 def test_counters_follow_every_transfer_and_know_what_was_resident_before() -> None:
     trace = chrome_trace(RUN, page_bytes=PAGE_BYTES)
-    resident = [row["args"]["bytes"] // PAGE_BYTES for row in of(trace, ph="C", name="resident bytes")]  # type: ignore[index]
-    in_flight = [row["args"]["bytes"] // PAGE_BYTES for row in of(trace, ph="C", name="in flight bytes")]  # type: ignore[index]
+    resident = [row["args"]["bytes"] // PAGE_BYTES for row in of(trace, ph="C", name="resident bytes")]
+    in_flight = [row["args"]["bytes"] // PAGE_BYTES for row in of(trace, ph="C", name="in flight bytes")]
     assert resident == [0, 0, 0, 1, 2, 1, 1, 2, 2]
     assert in_flight == [0, 1, 2, 1, 0, 0, 1, 0, 1]
 

@@ -147,7 +147,9 @@ TEST_P(FailureTest, every_result_of_the_kernel_may_fail_once_or_for_ever) {
   }
   // Fourteen reads, the writebacks, and the reads after them, twice over.
   EXPECT_GE(sites, (transient ? 20u : 40u) / kStride);
-  EXPECT_GT(fired_on_writes + (kStride - 1), 0u);
+  if (kStride == 1) {
+    EXPECT_GT(fired_on_writes, 0u);
+  }
   // A transient failure is finished when it comes once, and an error only when it never ends.
   EXPECT_GT(total.errors, transient ? 0u : sites / 4);
   RecordProperty("sites", static_cast<int>(sites));
