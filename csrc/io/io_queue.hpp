@@ -26,7 +26,8 @@
 // Order.      None between requests.
 // Errors.     Constructors throw Error(engine) when the engine can't run, with the reason; register_memory falls back
 //             to unregistered transfers where the kernel refuses (RLIMIT_MEMLOCK) and says so in facts(). Error(io)
-//             from submit() or wait() means that the kernel refuses the queue itself: all that is left is to destroy it.
+//             from submit() or wait() means that the kernel refuses the queue itself: all that is left is to destroy
+//             it.
 #pragma once
 
 #include <chrono>
