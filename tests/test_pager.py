@@ -256,6 +256,58 @@ def test_recurrent_layers_use_the_paged_weights() -> None:
         assert torch.equal(lstm.weight_hh_l1.grad, twin.weight_hh_l1.grad)
 
 
+@pytest.mark.parametrize("kind", ["encoder", "padded encoder", "attention"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_fused_attention_kernels_are_taken_as_without_paging(kind: str, grad: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 256)
+    layer = torch.nn.TransformerEncoderLayer(256, 8, 512, batch_first=True)
+    mask = torch.arange(9) > torch.tensor([[8], [5]]) if kind == "padded encoder" else None
+    attention = torch.nn.MultiheadAttention(256, 8, batch_first=True)
+    model = attention if kind == "attention" else torch.nn.TransformerEncoder(layer, 6)
+    model.eval()
+    twin = copy.deepcopy(model)
+
+    def run(module: Any) -> torch.Tensor:
+        return module(x, x, x)[0] if kind == "attention" else module(x, src_key_padding_mask=mask)
+
+    with tp.page(model, BUDGET) as pager, torch.set_grad_enabled(grad):
+        for _ in range(3):
+            assert torch.equal(run(model), run(twin))
+        assert torch._C._is_torch_function_enabled()
+        stats = pager.stats()
+        assert stats["schedule"]["steps"] == (1 if kind == "attention" else 6)
+        assert stats["touches"] == 0
+        assert torch.equal(next(model.parameters()) + 1, next(twin.parameters()) + 1)
+        if kind != "attention" and grad:
+            run(model).sum().backward()
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["while tracing", "while running"])
+def test_the_guard_is_back_after_an_interrupted_fused_kernel(traced: bool) -> None:
+    class Activation(torch.nn.Linear):
+        interrupts = traced
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return torch.relu(x)
+
+    activation = Activation(1, 1)
+    layer = torch.nn.TransformerEncoderLayer(256, 8, 512, batch_first=True, activation=activation)
+    pager = tp.page(layer, BUDGET)
+    x = torch.randn(1, 3, 256)
+    if not traced:
+        layer(x)
+        activation.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        layer(x)
+    pager.close()
+    assert torch._C._is_torch_function_enabled()
+    with pytest.raises(tp.ClosedError):
+        layer.linear1.weight.sum()
+
+
 def test_a_module_that_is_its_own_root() -> None:
     layer = torch.nn.Linear(512, 512)
     twin = copy.deepcopy(layer)
@@ -318,7 +370,7 @@ def test_a_store_that_is_no_directory(tmp_path: Path) -> None:
 def test_spill_leaves_no_name_behind(tmp_path: Path) -> None:
     net, _ = make_net()
     with tp.page(net, BUDGET, tmp_path) as pager:
-        assert pager.stats()["bytes_written"] > 0
+        assert pager.stats()["spill_bytes"] > 0
         assert list(tmp_path.iterdir()) == []
 
 

@@ -141,9 +141,10 @@ bool Executor::decide() {
   }
   serve_waiters(Purpose::demand, false);
   const Follow outcome = follow_schedule();
-  // Pages that the schedule brings next, but can't (a victim still in use, off schedule): then on demand like any
-  // other.
-  if (outcome == Follow::blocked) serve_waiters(Purpose::demand, true);
+  // Pages that the schedule was to bring, but does not: its turn has come and it can't (a victim still in use), it
+  // passed the page over (no frame was worth less), or another thread has moved it back. Then on demand like any other.
+  // While it is full, it goes on with the next completion.
+  if (outcome != Follow::full) serve_waiters(Purpose::demand, true);
   serve_waiters(Purpose::prefetch, true);
   residency_.hungry = outcome == Follow::blocked || outcome == Follow::idle;
   return true;

@@ -269,5 +269,38 @@ TEST(Executor, follows_a_cyclic_schedule_without_a_fault_and_with_the_planned_by
   EXPECT_EQ(counts.passes, static_cast<std::uint64_t>(kPasses));
 }
 
+// The schedule lists the page last, and by its turn every frame holds a page that is used sooner: it is passed over
+// while its reader already waits, and must come on demand.
+TEST(Executor, a_page_that_the_schedule_passes_over_comes_on_demand) {
+  constexpr std::int32_t kFrames = 12;
+  const PatternFile file((kFrames + 1) * kPage, 6, kMemoryDirectory);
+  PagerOptions options = Shadow::options(kFrames);
+  options.inflight_bytes = kPage;
+  options.make_queue = [] {
+    IoQueueOptions queue_options;
+    queue_options.filter = [](const IoRequest&, int raw_result) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that the reader waits before the turn comes
+      return raw_result;
+    };
+    return make_pread_queue(queue_options);
+  };
+  Pager pager(options);
+  const Region region = pager.map_file(file.path());
+  std::vector<std::int32_t> step_set;
+  const std::vector<std::int32_t> initial{kFrames, 0}, none;
+  for (std::int32_t page = 0; page <= kFrames; ++page) {
+    std::byte* const address = region.address + static_cast<std::size_t>(page) * kPage;
+    step_set.push_back(static_cast<std::int32_t>(pager.add_set({{address, kPage}}, "one").value));
+    if (page == 0 || page == kFrames) continue;
+    pager.acquire(SetId{static_cast<std::uint32_t>(step_set.back())}, {});
+    pager.release(SetId{static_cast<std::uint32_t>(step_set.back())});
+  }
+  pager.set_schedule({step_set, initial, none, none, none, none});
+  const SetId first{static_cast<std::uint32_t>(step_set[0])};
+  pager.acquire(first, {});
+  EXPECT_EQ(reinterpret_cast<const std::uint64_t*>(region.address)[1], pattern(1, 6));
+  pager.release(first);
+}
+
 }  // namespace
 }  // namespace tp

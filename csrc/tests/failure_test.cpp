@@ -30,12 +30,15 @@ constexpr std::uint64_t kStride = 7;  // every site is swept without sanitizers;
 constexpr std::uint64_t kStride = 1;
 #endif
 
+constexpr std::uint32_t kPiecesPerPage = 32;
+
 enum class Persistence { once, sticky };
 
 struct Plan {
   int result;  // what the kernel is made to say: -errno, or a byte count
   Persistence persistence;
   std::uint64_t at;  // the first result that is replaced
+  std::uint32_t transfer_max_bytes = 0;
 };
 
 // Replaces results; says how often it did, and for which operations.
@@ -59,13 +62,14 @@ class Injector {
   std::atomic<bool> armed_{true};
 };
 
-PagerOptions options_with(const std::shared_ptr<Injector>& injector) {
+PagerOptions options_with(const std::shared_ptr<Injector>& injector, std::uint32_t transfer_max_bytes = 0) {
   PagerOptions options;
   options.budget_bytes = 8 * kPage;
   options.spill_directory = kMemoryDirectory;
-  options.make_queue = [injector] {
+  options.make_queue = [injector, transfer_max_bytes] {
     IoQueueOptions queue_options;
     queue_options.depth = 32;
+    queue_options.transfer_max_bytes = transfer_max_bytes;
     queue_options.filter = [injector](const IoRequest& request, int raw) { return (*injector)(request, raw); };
     return make_pread_queue(queue_options);
   };
@@ -106,7 +110,7 @@ void sweep_pages(Pager& pager, const Region& region, bool modify, std::set<std::
 // Runs the scenario under the plan; true when the injector fired.
 bool run_scenario(const PatternFile& file, Plan plan, Outcome& total, std::uint64_t& fired_on_writes) {
   const auto injector = std::make_shared<Injector>(plan);
-  Pager pager(options_with(injector));
+  Pager pager(options_with(injector, plan.transfer_max_bytes));
   const Region region = pager.map_file(file.path());
   std::set<std::size_t> modified;
   Outcome outcome;
@@ -135,14 +139,17 @@ TEST_P(FailureTest, every_result_of_the_kernel_may_fail_once_or_for_ever) {
   std::uint64_t fired_on_writes = 0, sites = 0;
   const bool transient = GetParam() == -EINTR || GetParam() == -EAGAIN;
   for (const Persistence persistence : {Persistence::once, Persistence::sticky}) {
-    // A transient failure for ever costs a thousand retries a request: a few places stand for all.
-    const std::uint64_t stride = transient && persistence == Persistence::sticky ? 25 : kStride;
+    // A transient failure for ever costs a thousand retries a request: a few places stand for all, and the pieces are
+    // small, since the kernel really moves each of them every time.
+    const bool retries_for_ever = transient && persistence == Persistence::sticky;
+    const std::uint32_t piece_bytes = retries_for_ever ? kPage / kPiecesPerPage : 0;
+    const std::uint64_t stride = retries_for_ever ? 10 * kPiecesPerPage : kStride;
     for (std::uint64_t at = 0;; at += stride) {
       SCOPED_TRACE("result " + std::to_string(at) + (persistence == Persistence::once ? " once" : " sticky"));
-      if (!run_scenario(file, {GetParam(), persistence, at}, total, fired_on_writes)) break;
+      if (!run_scenario(file, {GetParam(), persistence, at, piece_bytes}, total, fired_on_writes)) break;
       ASSERT_FALSE(testing::Test::HasFailure());
       ++sites;
-      ASSERT_LT(at, 500u) << "the injector still fires: the scenario does not end";
+      ASSERT_LT(at, 500 * stride) << "the injector still fires: the scenario does not end";
     }
   }
   // Fourteen reads, the writebacks, and the reads after them, twice over.

@@ -4,6 +4,7 @@
 #include <signal.h>
 
 #include <atomic>
+#include <numeric>
 #include <thread>
 
 #include "base/error.hpp"
@@ -148,14 +149,20 @@ TEST_P(WakeTest, wakes_and_completions_together_lose_neither) {
     }
   });
   constexpr std::uint64_t kRequests = 3000;
+  std::vector<std::uint64_t> free_places(16);  // completions come in any order: a place is taken until its own is here
+  std::iota(free_places.begin(), free_places.end(), 0);
   std::uint64_t submitted = 0;
-  while (completions_.size() < kRequests) {
-    while (submitted < kRequests && submitted - completions_.size() < queue_->depth()) {
-      const std::uint64_t place = submitted % 16;
-      const IoRequest request{submitted++, IoOp::read, file, place * 4096, memory.at(place * 4096), 4096};
+  std::size_t completed = 0;
+  while (completed < kRequests) {
+    while (submitted < kRequests && submitted - completed < queue_->depth() && !free_places.empty()) {
+      const std::uint64_t place = free_places.back();
+      free_places.pop_back();
+      const IoRequest request{place, IoOp::read, file, place * 4096, memory.at(place * 4096), 4096};
       queue_->submit({&request, 1});
+      ++submitted;
     }
     queue_->wait(completions_, kWaitForever);
+    for (; completed < completions_.size(); ++completed) free_places.push_back(completions_[completed].token);
   }
   stop = true;
   waker.join();

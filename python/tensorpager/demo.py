@@ -132,6 +132,7 @@ def _run_model(model: Path, budgets: Sequence[str], options: DemoOptions, result
     compute_seconds = statistics.median(_warm(references[0]) + _warm(references[1]))
     rows = [_row(run, compute_seconds) for run in runs]
     _print_table(rows, references, compute_seconds, model_bytes, out)
+    _print_legend(rows, compute_seconds, generates, out)
     summary = {
         "model": model.name,
         "model_bytes": model_bytes,
@@ -204,7 +205,7 @@ def _row(run: Result, compute_seconds: float) -> dict[str, Any]:
 def _print_table(
     rows: list[dict[str, Any]], references: list[dict[str, Any]], compute_seconds: float, model_bytes: int, out: TextIO
 ) -> None:
-    head = ("budget", "peak RSS", "read/pass", "bound", "hits", "LRU", "pass/s", "time/floor", "bits")
+    head = ("budget", "peak RSS", "read/pass", "bound", "hits", "LRU", "passes/s", "time/floor", "bits")
     table = [head]
     peak = max(reference["memory_bytes_max"] for reference in references)
     table.append(("unpaged", f"{peak / MIB:,.0f} MiB", "0", "0", "", "", f"{1 / compute_seconds:.2f}", "", ""))
@@ -227,19 +228,17 @@ def _print_table(
     out.writelines(
         "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n" for line in table
     )
-    _print_legend(rows, compute_seconds, out)
 
 
-def _print_legend(rows: list[dict[str, Any]], compute_seconds: float, out: TextIO) -> None:
+def _print_legend(rows: list[dict[str, Any]], compute_seconds: float, generates: bool, out: TextIO) -> None:
     base = min(row["memory_bytes_before"] for row in rows)
     bandwidths = ", ".join(f"{row['bandwidth'] / GIB:.2f}" for row in rows)
+    one_token = ", which gives one token" if generates else ""
     out.write(
-        "\n  A pass is one call of the model: one token. peak RSS is of the whole process, "
-        f"{base / MIB:,.0f} MiB of it\n"
-        "  Python and libraries before the model. bound: no schedule can read less a pass in that budget. hits: page\n"
-        "  accesses that cost "
-        "no read; LRU: the same for least recently used. floor: the longer of the unpaged pass "
-        f"({compute_seconds:.3f} s) and\n"
-        "  the bytes read at the bandwidth at which the same engine reads the same files "
-        f"({bandwidths} GiB/s, this run).\n"
+        f"""
+  pass: one call of the model{one_token}. peak RSS: of the whole process, {base / MIB:,.0f} MiB of it Python and its
+  libraries. bound: no schedule reads less a pass in that budget. hits: accesses to a page that cost no read, beside
+  those of least recently used. floor: the longer of the unpaged pass ({compute_seconds:.3f} s) and the bytes read, at
+  the bandwidth at which the same engine reads the same files ({bandwidths} GiB/s just now).
+"""
     )

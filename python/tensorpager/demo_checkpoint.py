@@ -56,7 +56,7 @@ def shape_for(size_bytes: int) -> Shape:
     elif size_bytes >= 2**27:
         base = Shape(512, 1408, 8, 2, 8000, 1)
     else:
-        base = Shape(128, 352, 4, 2, 512, 1)
+        base = Shape(256, 704, 4, 2, 2000, 1)
     layer_bytes = FLOAT_BYTES * base._layer_parameters
     layers = max(2, 1 + round((size_bytes - base.parameter_bytes) / layer_bytes))
     return Shape(base.hidden, base.intermediate, base.heads, base.key_value_heads, base.vocabulary, layers)

@@ -132,10 +132,11 @@ _ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
 class Held:
     """What one operation holds resident. Released explicitly, or at the latest when the operation's frame is gone."""
 
-    __slots__ = ("_cores", "_released", "_set_ids", "size_bytes")
+    __slots__ = ("_cores", "_dry", "_released", "_set_ids", "size_bytes")
 
     def __init__(self) -> None:
         self.size_bytes = 0
+        self._dry = _tracer is not None  # then nothing is held, and by the time of __del__ the core may not be dry
         self._cores: list[Core] = []
         self._set_ids: list[int] = []
         self._released: list[None] = []
@@ -163,7 +164,8 @@ class Held:
                 self._released.extend(map(self._cores[done].release, (self._set_ids[done],)))
 
     def __del__(self) -> None:
-        self.release()
+        if not self._dry:
+            self.release()
 
 
 def make_paged(

@@ -19,7 +19,7 @@ from tensorpager.moving import collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
 from tensorpager.spill import SpillArena, aligned_size, choose_directory
-from tensorpager.windows import EnterHook, LeaveHook, Window
+from tensorpager.windows import EnterHook, EnterUnguardedHook, LeaveHook, Window, drop_abandoned_calls
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,6 +119,7 @@ class Pager:
 
         Waits for transfers in flight. Idempotent. Modified weights that were not saved are lost.
         """
+        drop_abandoned_calls()  # or the guard might still be off, and what follows would crash instead of raising
         self._core.close()
 
     def __enter__(self) -> Self:
@@ -215,27 +216,54 @@ def install(model: torch.nn.Module, core: Core, spilled_bytes: int) -> Pager:
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
+# [Note: unguarded modules] in windows.py. All but the last also use the weights of their children: one window for all.
+_UNGUARDED = (torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention, torch.nn.TransformerEncoder)
+
+
 @dataclass
 class _ModuleWindow:
     module: torch.nn.Module
+    owners: list[torch.nn.Module]  # of the parameters it holds: the module or its children
     window: Window
+
+
+def _is_unguarded(module: torch.nn.Module, kinds: tuple[type[torch.nn.Module], ...] = _UNGUARDED) -> bool:
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def _make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int, int]]) -> list[_ModuleWindow]:
     """A window for each module that owns some of the parameters (spans: by id) and whose children own none."""
     owning = {id(module) for module in model.modules() if _owned(module, spans)}
     windows: list[_ModuleWindow] = []
+    covered: set[int] = set()  # modules inside of one that has a window for all of its children
     for name, module in model.named_modules():
-        if id(module) not in owning:
+        inner_owning = [inner for inner in module.modules() if id(inner) in owning]
+        if not inner_owning or id(module) in covered:
             continue
-        if any(id(inner) in owning for inner in module.modules() if inner is not module):
+        as_one = _is_unguarded(module, _UNGUARDED[:2]) and _fits(core, _ranges(inner_owning, spans))
+        if not as_one and inner_owning != [module]:
             continue
-        ranges = sorted({spans[id(parameter)] for parameter in _owned(module, spans)})
+        covered.update(id(inner) for inner in module.modules())
         shown_name = name or type(module).__name__
+        ranges = _ranges(inner_owning, spans)
         set_id = core.add_set(ranges, shown_name)
         _throw_if_too_large(core, set_id, shown_name, sum(size_bytes for _, size_bytes in ranges))
-        windows.append(_ModuleWindow(module, Window(core, set_id, shown_name)))
+        windows.append(_ModuleWindow(module, inner_owning, Window(core, set_id, shown_name)))
     return windows
+
+
+def _ranges(modules: list[torch.nn.Module], spans: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
+    return sorted({spans[id(parameter)] for module in modules for parameter in _owned(module, spans)})
+
+
+def _fits(core: Core, ranges: list[tuple[int, int]]) -> bool:
+    page_bytes = core.page_bytes  # regions start at multiples of it
+    pages = {
+        page
+        for address, size_bytes in ranges
+        for page in range(address // page_bytes, (address + size_bytes - 1) // page_bytes + 1)
+    }
+    return len(pages) <= core.pinnable_page_count
 
 
 def _owned(module: torch.nn.Module, spans: dict[int, tuple[int, int]]) -> list[torch.nn.Parameter]:
@@ -267,12 +295,19 @@ def _attach(
     """Register the hooks. The root's come first on the way in and last on the way out."""
     director = PassDirector(core)
     model.register_forward_pre_hook(RootEnterHook(director), prepend=True, with_kwargs=True)
+    entered: dict[int, torch.nn.Module] = {}
+    for module in model.modules():
+        if _is_unguarded(module):
+            module.register_forward_pre_hook(EnterUnguardedHook())
+            entered[id(module)] = module
     for item in windows:
         item.module.register_forward_pre_hook(EnterHook(item.window))
-        item.module.register_forward_hook(LeaveHook(item.window), always_call=True)
-        for parameter in item.module._parameters.values():
+        entered[id(item.module)] = item.module
+        for parameter in (parameter for owner in item.owners for parameter in owner._parameters.values()):
             if isinstance(parameter, PagedTensor) and parameter._tp_backing is not None:
                 parameter._tp_backing.windows.append(item.window)
+    for module in entered.values():
+        module.register_forward_hook(LeaveHook(), always_call=True)
     model.register_forward_hook(RootLeaveHook(director), always_call=True)
     core.reset_stats()  # the counters tell of the model's runs, not of moving it in
     return Pager(core, director, paged_bytes, tensor_count, spilled_bytes)

@@ -26,7 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tensorpager import op_rules
 from tensorpager.errors import TraceError
@@ -39,7 +39,7 @@ from tensorpager.paged_tensor import (
     set_tracer,
     span_of,
 )
-from tensorpager.windows import Hook
+from tensorpager.windows import Hook, drop_abandoned_calls
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -77,6 +77,7 @@ def record_on_fakes(
             core.record_end()
             raise TraceError(_explain(model, error)) from error
         except BaseException:
+            drop_abandoned_calls()  # while the core is still dry: it holds nothing for them
             core.record_end()
             raise
         events = core.record_end()
@@ -235,6 +236,10 @@ class _FakeRun:
 
     # -- below the guard
 
+    def fake_of(self, paged: PagedTensor) -> torch.Tensor:
+        """The fake twin of a paged tensor."""
+        return self._twin(paged).fake
+
     def note_read(self, tensor: FakeTensor) -> None:
         """An operator reads a tensor. If that is part of a twin, and nothing holds the paged one, it is a step."""
         twin = self._twin_by_storage.get(tensor.untyped_storage()._cdata)
@@ -271,6 +276,8 @@ class _ReadRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords | None = None) -> Any:
         kwargs = kwargs or {}
+        if any(type(value) is PagedTensor for value in tree_leaves((args, kwargs))):  # the guard is off there
+            args, kwargs = tree_map_only(PagedTensor, self._run.fake_of, (args, kwargs))
         if not _reads_nothing(func):
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, FakeTensor):

@@ -14,6 +14,10 @@ A signal that arrives while the core waits becomes a KeyboardInterrupt the momen
 can note that it did. `done.extend(map(acquire, (set_id,)))` acquires and notes it in one call of C code, which no
 signal handler can interrupt.
 
+[Note: unguarded modules]
+A few modules of torch take a fused kernel only when no tensor has `__torch_function__`. They run with the guard off
+in their thread, so that they take the same kernel, and give the same bits, as without paging.
+
 Hooks are copied and pickled as `inert_hook`: a copy of a paged model is an ordinary model.
 
 Threads: any number may run the same module; each keeps its own list.
@@ -24,6 +28,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +37,19 @@ import torch
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["Call", "EnterHook", "Hook", "LeaveHook", "Window", "calling_frame", "inert_hook", "is_on_stack"]
+__all__ = [
+    "Call",
+    "EnterHook",
+    "EnterUnguardedHook",
+    "Hook",
+    "LeaveHook",
+    "UnguardedCall",
+    "Window",
+    "calling_frame",
+    "drop_abandoned_calls",
+    "inert_hook",
+    "is_on_stack",
+]
 
 _CALL_IMPL = torch.nn.Module._call_impl.__code__
 
@@ -74,11 +91,32 @@ class Call:
             self._done.extend(map(window.core.release, (window.set_id,)))
 
 
+class UnguardedCall:
+    """A module call in which the guard is off for this thread, whatever the call is left by."""
+
+    __slots__ = ("_guard_off", "frame")
+
+    def __init__(self, frame: FrameType) -> None:
+        self.frame = frame
+        self._guard_off: list[AbstractContextManager[None]] = []
+
+    def acquire(self) -> None:
+        """Switch the guard off."""
+        switch = torch._C.DisableTorchFunctionSubclass()
+        switch.__enter__()
+        self._guard_off.append(switch)
+
+    def release(self) -> None:
+        """Switch it back as it was; again is harmless."""
+        while self._guard_off:
+            self._guard_off.pop().__exit__(None, None, None)
+
+
 class _OpenCalls(threading.local):
     """The open calls of this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Call | UnguardedCall] = []
 
 
 _open = _OpenCalls()
@@ -121,7 +159,7 @@ class EnterHook(Hook):
         """Acquire."""
         calls = _open.calls
         if calls:
-            _drop_abandoned(calls)
+            drop_abandoned_calls()
         frame = sys._getframe(1)
         if frame.f_code is not _CALL_IMPL and frame.f_back is not None:  # calling_frame(), inlined: this is every call
             frame = frame.f_back
@@ -130,14 +168,25 @@ class EnterHook(Hook):
         call.acquire()
 
 
-class LeaveHook(Hook):
-    """Forward hook that is always called: releases what this very call acquired, if it did."""
+class EnterUnguardedHook(Hook):
+    """Forward pre-hook of a module that is to run without the guard; before that of its window."""
 
-    __slots__ = ("window",)
+    __slots__ = ()
     traced = True
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
+    def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...]) -> None:
+        """Switch the guard off."""
+        drop_abandoned_calls()
+        call = UnguardedCall(calling_frame(1))
+        _open.calls.append(call)
+        call.acquire()
+
+
+class LeaveHook(Hook):
+    """Forward hook that is always called: undoes what this very call's enter hooks did, if they did."""
+
+    __slots__ = ()
+    traced = True
 
     def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...], _output: object) -> None:
         """Release."""
@@ -145,13 +194,11 @@ class LeaveHook(Hook):
         frame = sys._getframe(1)
         if frame.f_code is not _CALL_IMPL and frame.f_back is not None:
             frame = frame.f_back
-        if calls and calls[-1].frame is frame:
-            calls[-1].release()
-            del calls[-1]
-        elif any(call.frame is frame for call in calls):  # calls inside this one were abandoned, and forward went on
-            while calls[-1].frame is not frame:
+        if calls and calls[-1].frame is not frame and any(call.frame is frame for call in calls):
+            while calls[-1].frame is not frame:  # calls inside this one were abandoned, and forward went on
                 calls[-1].release()
                 del calls[-1]
+        while calls and calls[-1].frame is frame:
             calls[-1].release()
             del calls[-1]
 
@@ -174,8 +221,9 @@ def is_on_stack(frame: FrameType) -> bool:
     return False
 
 
-def _drop_abandoned(calls: list[Call]) -> None:
-    """See [Note: abandoned calls]. Those still running are nested calls, and stay."""
+def drop_abandoned_calls() -> None:
+    """Undo this thread's calls that are no longer on the stack: [Note: abandoned calls]. Those still running stay."""
+    calls = _open.calls
     while calls and not is_on_stack(calls[-1].frame):
         calls[-1].release()
         del calls[-1]
