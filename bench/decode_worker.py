@@ -47,7 +47,7 @@ def load_mapped(model_directory: str, budget_bytes: int, scratch: str) -> Any:
     return type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype="auto")
 
 
-LOADERS = {"accelerate disk offload": load_accelerate, "mmap in a memory cgroup": load_mapped}
+LOADERS = {"accelerate": load_accelerate, "mmap": load_mapped}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 """What paging costs when everything is resident: acquire + release from Python, hooks of a module, the guard of a
 parameter.
 
-Bar (issue 2): acquire + release of a resident step <= 5 us.
+Bar: acquire + release of a resident step <= 5 us.
 """
 
 from __future__ import annotations

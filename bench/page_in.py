@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cold page-in of one file: our engines beside fio with huge-page buffers, and peers that read into torch tensors.
 
-Bars (issue 2): uring >= 0.98 of fio at <= 0.02 CPU-s/GiB, pread >= 0.85 of fio, both above every peer.
+Bars: uring >= 0.98 of fio at <= 0.02 CPU-s/GiB, pread >= 0.85 of fio, both above every peer.
 """
 
 from __future__ import annotations

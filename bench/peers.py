@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def _run(command: list[str]) -> None:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
+    # Paths of the machine that built the peer say nothing, and would end up in the results.
+    return re.sub(r"[^ ]*/[^ ]+:\d+: ", "", lines[-1])[-90:] if lines else "no message"
 
 
 def read_with(peer: str, path: Path) -> Sample:

@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -22,9 +23,11 @@ struct Attached {
   std::atomic<Residency*> residency{nullptr};
   std::atomic<unsigned> users{0};       // handlers inside
   std::atomic<unsigned> generation{0};  // fork_generation() of the process it belongs to
+  std::atomic<bool> closed{false};      // kept for the message alone: gives way to an open pager
 };
 
 std::array<Attached, 64> attached;  // constant-initialised, never destroyed before the last thread
+std::mutex attaching;               // not for handlers
 std::atomic<unsigned> generation{0};
 struct sigaction previous_action;
 
@@ -95,7 +98,11 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
 }
 
 void install() {
-  pthread_atfork(nullptr, nullptr, [] { generation.fetch_add(1); });
+  pthread_atfork([] { attaching.lock(); }, [] { attaching.unlock(); },
+                 [] {
+                   generation.fetch_add(1);
+                   attaching.unlock();
+                 });
   struct sigaction action = {};
   action.sa_sigaction = on_fault;
   // NODEFER: while one thread waits inside, its own later faults (in a handler of somebody else) must still be seen.
@@ -110,26 +117,51 @@ void install() {
 
 unsigned fork_generation() noexcept { return generation.load(std::memory_order_relaxed); }
 
+namespace {
+
+void free_entry(Attached& entry) noexcept {
+  entry.residency = nullptr;
+  if (entry.generation.load() != generation.load()) entry.users = 0;  // a child of fork() has none of those threads
+  while (entry.users.load() != 0) sched_yield();
+  entry.space = nullptr;
+  entry.closed = false;
+}
+
+Attached* entry_of(const Residency& residency) noexcept {
+  for (Attached& entry : attached) {
+    if (entry.residency.load() == &residency) return &entry;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
 void attach_fault_handler(AddressSpace& space, Residency& residency) {
   static std::once_flag installed;
   std::call_once(installed, install);
-  for (Attached& entry : attached) {
-    AddressSpace* none = nullptr;
-    if (!entry.space.compare_exchange_strong(none, &space)) continue;
-    entry.generation = generation.load();
-    entry.residency = &residency;
-    return;
+  const std::lock_guard lock(attaching);
+  const auto is_free = [](const Attached& entry) { return entry.residency.load() == nullptr; };
+  auto place = std::find_if(attached.begin(), attached.end(), is_free);
+  if (place == attached.end()) {
+    place = std::find_if(attached.begin(), attached.end(), [](const Attached& entry) { return entry.closed.load(); });
+    if (place != attached.end()) free_entry(*place);
   }
-  throw Error(ErrorKind::memory, "too many pagers at a time (" + std::to_string(attached.size()) + "); close some");
+  if (place == attached.end()) {
+    throw Error(ErrorKind::memory, "too many pagers at a time (" + std::to_string(attached.size()) + "); close some");
+  }
+  place->generation = generation.load();
+  place->space = &space;
+  place->residency = &residency;
 }
 
-void detach_fault_handler(Residency& residency) noexcept {
-  for (Attached& entry : attached) {
-    if (entry.residency.load() != &residency) continue;
-    entry.residency = nullptr;
-    while (entry.users.load() != 0) sched_yield();
-    entry.space = nullptr;
-  }
+void retire_fault_handler(const Residency& residency) noexcept {
+  const std::lock_guard lock(attaching);
+  if (Attached* entry = entry_of(residency)) entry->closed = true;
+}
+
+void detach_fault_handler(const Residency& residency) noexcept {
+  const std::lock_guard lock(attaching);
+  if (Attached* entry = entry_of(residency)) free_entry(*entry);
 }
 
 }  // namespace tp

@@ -22,7 +22,9 @@
 namespace tp {
 
 void attach_fault_handler(AddressSpace& space, Residency& residency);  // Error(memory) beyond 64 pagers at a time
-void detach_fault_handler(Residency& residency) noexcept;
+// After closing: an access still gets the message that says so, until detached or until the place is needed.
+void retire_fault_handler(const Residency& residency) noexcept;
+void detach_fault_handler(const Residency& residency) noexcept;
 
 // True in a child of fork() of the process that created `generation`.
 unsigned fork_generation() noexcept;

@@ -90,7 +90,10 @@ Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) 
   attach_fault_handler(*space_, *residency_);
 }
 
-Pager::~Pager() { close(); }
+Pager::~Pager() {
+  close();
+  detach_fault_handler(*residency_);
+}
 
 void Pager::throw_if_unusable() const {
   if (fork_generation() != fork_generation_) {
@@ -299,7 +302,7 @@ void Pager::close() noexcept {
   io_counters_at_close_ = executor_->io_counters();
   bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
   spill_bytes_at_close_ = executor_->spill_bytes();
-  detach_fault_handler(*residency_);
+  retire_fault_handler(*residency_);
   space_->discard();
   // The ring goes before the memory it may have registered. Residency stays: late callers get Error(closed) from it.
   executor_.reset();

@@ -7,6 +7,7 @@
 
 #include <csignal>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -86,6 +87,18 @@ TEST(FaultHandlerTest, copies_between_absent_ranges_and_fills_of_absent_pages_la
   }
 }
 
+TEST(FaultHandlerTest, closed_pagers_give_way_to_open_ones) {
+  std::vector<std::unique_ptr<Pager>> closed;
+  for (int i = 0; i < 70; ++i) {
+    closed.push_back(std::make_unique<Pager>(options(8)));
+    closed.back()->close();
+  }
+  const PatternFile file(2 * kPage);
+  Pager pager(options(8));
+  const Region region = pager.map_file(file.path());
+  EXPECT_EQ(word(region, 5), pattern(5));
+}
+
 TEST(FaultHandlerDeathTest, an_address_of_nobody_reaches_the_handler_before) {
   testing::FLAGS_gtest_death_test_style = "threadsafe";  // the handler is installed once in a process
   const auto touch_nobody = [] {
@@ -109,7 +122,7 @@ TEST(FaultHandlerDeathTest, a_touch_after_close_ends_the_process) {
     pager.close();
     static_cast<void>(*reinterpret_cast<const volatile char*>(region.address));
   };
-  EXPECT_EXIT(touch_closed(), testing::KilledBySignal(SIGSEGV), "");
+  EXPECT_EXIT(touch_closed(), testing::KilledBySignal(SIGSEGV), "accessed directly.*the pager is closed");
 }
 
 }  // namespace
