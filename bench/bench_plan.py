@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from plan_traces import MODEL_PASSES, PassBuilder, many_pages
-from tensorpager.plan import Schedule, lru_page_ins, plan, steps_from_events
+from tensorpager.pass_plan import PageSchedule, lru_page_ins, plan_pass, steps_from_events
 from tensorpager.readahead import pass_time
 from tensorpager.steps import UseClasses, use_classes
 
@@ -32,12 +32,12 @@ COMPUTE_PER_PAGE = 0.25
 PASSES = {**MODEL_PASSES, "70,000 pages x 500 steps": many_pages}
 
 
-def planned(built: PassBuilder, frame_count: int, read_ahead: float | None) -> tuple[Schedule, float, float]:
+def planned(built: PassBuilder, frame_count: int, read_ahead: float | None) -> tuple[PageSchedule, float, float]:
     """(schedule, seconds by the clock, CPU seconds)"""
     events = np.array(built.events, np.int32)
     started, cpu_started = time.perf_counter(), time.process_time()
     steps = steps_from_events(events, built.sets)
-    schedule = plan(
+    schedule = plan_pass(
         steps,
         frame_count=frame_count,
         page_bytes=PAGE_BYTES,
@@ -47,7 +47,7 @@ def planned(built: PassBuilder, frame_count: int, read_ahead: float | None) -> t
     return schedule, time.perf_counter() - started, time.process_time() - cpu_started
 
 
-def modelled_time(schedule: Schedule, classes: UseClasses) -> float:
+def modelled_time(schedule: PageSchedule, classes: UseClasses) -> float:
     """One pass of the model in readahead.py; how much of each gap is kept is read off the actions."""
     evictions = {
         (page, step): deadline

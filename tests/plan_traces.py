@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tensorpager.plan import Steps, steps_from_events
+from tensorpager.pass_plan import Steps, steps_from_events
 
 
 @dataclass

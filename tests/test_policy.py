@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plan_traces import MODEL_PASSES, llama, random_pass
-from tensorpager.plan import Steps, belady_page_ins, lru_page_ins, plan, steps_from_events
+from tensorpager.pass_plan import Steps, belady_page_ins, lru_page_ins, plan_pass, steps_from_events
 from tensorpager.policy import (
     EvenSplit,
     Prices,
@@ -145,7 +145,7 @@ def test_plans_of_small_cycles_against_exhaustive_search() -> None:
             table = pass_costs(steps, frame_count)
             optimum = least_mean(table)
             same_every_pass = min(costs[state] for state, costs in table.items() if state in costs)
-            planned = plan(steps, frame_count=frame_count, page_bytes=1, page_count=page_count, read_ahead=0)
+            planned = plan_pass(steps, frame_count=frame_count, page_bytes=1, page_count=page_count, read_ahead=0)
             assert planned.lower_bound_page_ins <= optimum <= same_every_pass <= planned.page_ins_per_pass
             cases += 1
             above_same_every_pass += planned.page_ins_per_pass > same_every_pass

@@ -72,7 +72,7 @@ def test_the_tree_was_read() -> None:
     } <= paths
 
 
-PLAN = "python/tensorpager/plan.py"
+PLAN = "python/tensorpager/pass_plan.py"
 LONG_CPP = "namespace tp {\nint f() {\n" + "  int a{1};\n" * 70 + "}\n}\n"
 LONG_METHOD = 'struct A {\n  A() : a_{1} {\n    if (a) { g("}"); }\n' + "\n" * 68 + "  }\n};\n"
 BROKEN: tuple[tuple[Rule, str, str], ...] = (

@@ -27,7 +27,17 @@ LAYERS = {
 }
 
 # Planning and header parsing, which work beside numpy alone.
-PURE_MODULES = {"budget", "checkpoint", "errors", "header", "plan", "policy", "readahead", "schedule", "steps"}
+PURE_MODULES = {
+    "budget",
+    "checkpoint",
+    "errors",
+    "header",
+    "page_schedule",
+    "pass_plan",
+    "policy",
+    "readahead",
+    "steps",
+}
 PURE_FORBIDDEN = {"torch", "transformers", "safetensors", "accelerate"}
 
 PYTHON_MODULES_BANNED = {"dill", "cloudpickle", "joblib", "marshal", "pickle", "shelve"}

@@ -245,7 +245,7 @@ void bind_pager_paging(py::class_<Pager>& pager) {
       .def("record_end", &record_end, "Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.")
       .def("set_schedule", &set_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"),
            py::arg("action_step"), py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
-           "One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and "
+           "One cycle, repeated for ever; tensorpager.pass_plan defines the arrays (int32). ValueError names array and "
            "index.")
       .def("clear_schedule", &Pager::clear_schedule);
 }

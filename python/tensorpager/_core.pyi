@@ -174,7 +174,7 @@ class Pager:
         action_evict: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
     ) -> None:
         """
-        One cycle, repeated for ever; tensorpager.plan defines the arrays (int32). ValueError names array and index.
+        One cycle, repeated for ever; tensorpager.pass_plan defines the arrays (int32). ValueError names array and index.
         """
     def stats(self) -> dict[str, typing.Any]:
         """

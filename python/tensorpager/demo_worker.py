@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tensorpager.plan import lru_page_ins, steps_from_events
+from tensorpager.pass_plan import lru_page_ins, steps_from_events
 from tensorpager.sweep import sweep_files
 
 __all__ = ["run_job"]

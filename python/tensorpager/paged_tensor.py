@@ -87,7 +87,7 @@ _tracer: Tracer | None = None
 
 
 def set_tracer(tracer: Tracer | None) -> None:
-    """Route guarded functions of the tracer's thread to it; None ends that. One tracer at a time (see trace.py)."""
+    """Route guarded functions of the tracer's thread to it; None ends that. One tracer at a time (see fake_pass.py)."""
     global _tracer  # noqa: PLW0603 (read on every guarded call: a plain global is the fastest there is)
     _tracer = tracer
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The root module's hooks: where a pass begins and ends, and which schedule the core follows.
 
-Before the first pass the steps are found on fake tensors (`trace.py`) and planned. Every pass is recorded by the core;
-one that took other steps than the schedule's is planned for from what was recorded, a few times at most. Between passes
-only: a pass that leaves the schedule is served on demand.
+Before the first pass the steps are found on fake tensors (`fake_pass.py`) and planned. Every pass is recorded by the
+core; one that took other steps than the schedule's is planned for from what was recorded, a few times at most. Between
+passes only: a pass that leaves the schedule is served on demand.
 
 Threads: passes may run concurrently; one of them at a time is recorded.
 """
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tensorpager.errors import BudgetError, TraceError
-from tensorpager.plan import Schedule, plan, steps_from_events
+from tensorpager.pass_plan import PageSchedule, plan_pass, steps_from_events
 from tensorpager.windows import Hook, calling_frame, is_on_stack
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ class PassDirector:
         self._lock = threading.Lock()  # over the fields below
         self._recorded_thread: int | None = None
         self._tried_to_trace = False
-        self._schedules: dict[bytes, Schedule | None] = {}  # by the events of the pass; None: it could not be planned
+        self._schedules: dict[
+            bytes, PageSchedule | None
+        ] = {}  # by the events of the pass; None: it could not be planned
         self._current: bytes | None = None
         self._previous_pass: bytes | None = None
-        self.schedule: Schedule | None = None
+        self.schedule: PageSchedule | None = None
         self.trace_failure: str | None = None
         self.plan_failure: str | None = None
         self.plan_count = 0
@@ -103,7 +105,7 @@ class PassDirector:
         with self._lock:
             if self._tried_to_trace or self._recorded_thread is not None:
                 return
-            from tensorpager.trace import record_on_fakes
+            from tensorpager.fake_pass import record_on_fakes
 
             try:
                 events = record_on_fakes(model, self._core, args, kwargs)
@@ -138,7 +140,7 @@ class PassDirector:
             self.plan_failure = str(error)
             return
         try:
-            schedule = plan(
+            schedule = plan_pass(
                 steps,
                 frame_count=core.frame_count,
                 page_bytes=core.page_bytes,
@@ -152,7 +154,7 @@ class PassDirector:
         self._schedules[key] = schedule
         self._put(key, schedule)
 
-    def _put(self, key: bytes, schedule: Schedule | None) -> None:
+    def _put(self, key: bytes, schedule: PageSchedule | None) -> None:
         if schedule is None:
             return
         self._core.set_schedule(

@@ -14,14 +14,22 @@ import pytest
 
 from plan_traces import MODEL_PASSES, PassBuilder, llama, many_pages, random_pass
 from tensorpager.errors import BudgetError
-from tensorpager.plan import Schedule, Steps, belady_page_ins, lru_page_ins, plan, simulate, steps_from_events
+from tensorpager.pass_plan import (
+    PageSchedule,
+    Steps,
+    belady_page_ins,
+    lru_page_ins,
+    plan_pass,
+    simulate,
+    steps_from_events,
+)
 from tensorpager.steps import use_classes
 
 RANDOM_PASSES = 1000
 
 
-def plan_of(steps: Steps, frame_count: int, page_count: int, read_ahead: float | None = None) -> Schedule:
-    return plan(steps, frame_count=frame_count, page_bytes=2 << 20, page_count=page_count, read_ahead=read_ahead)
+def plan_of(steps: Steps, frame_count: int, page_count: int, read_ahead: float | None = None) -> PageSchedule:
+    return plan_pass(steps, frame_count=frame_count, page_bytes=2 << 20, page_count=page_count, read_ahead=read_ahead)
 
 
 def random_case(seed: int) -> tuple[Steps, int, int, float | None]:
@@ -204,19 +212,19 @@ def test_pages_outside_the_address_space_are_refused() -> None:
 def test_senseless_arguments_are_refused(arguments: dict[str, float], message: str) -> None:
     steps = steps_from_events([1, -1], [[0]])
     with pytest.raises(ValueError, match=message):
-        plan(steps, **{"frame_count": 1, "page_bytes": 1, "page_count": 1, **arguments})  # type: ignore[arg-type]
+        plan_pass(steps, **{"frame_count": 1, "page_bytes": 1, "page_count": 1, **arguments})  # type: ignore[arg-type]
 
 
 def test_a_budget_too_small_names_the_step_and_the_budget_that_works() -> None:
     steps = steps_from_events([1, 2, -2, -1, 3, -3], [[0, 1], [2, 3, 4], [5]])
     names = ("block", "block.linear", "head")
     with pytest.raises(BudgetError) as caught:
-        plan(steps, frame_count=4, page_bytes=4096, page_count=6, step_name=lambda step: names[step])
+        plan_pass(steps, frame_count=4, page_bytes=4096, page_count=6, step_name=lambda step: names[step])
     assert str(caught.value) == (
         "step 1 (block.linear) needs 20480 bytes at once (5 pages of 4096 bytes, 2 of them held by steps still open "
         "around it), and the budget holds 16384 (4 frames). The smallest budget that works is 20480 bytes."
     )
-    assert simulate(plan(steps, frame_count=5, page_bytes=4096, page_count=6), steps).resident_pages_max == 5
+    assert simulate(plan_pass(steps, frame_count=5, page_bytes=4096, page_count=6), steps).resident_pages_max == 5
 
 
 def test_a_pass_that_needs_no_pages_has_an_empty_plan() -> None:
@@ -251,7 +259,7 @@ def test_the_largest_pass_we_promise_is_planned_whole() -> None:
 DIGEST_PROGRAM = """
 import hashlib
 from plan_traces import MODEL_PASSES
-from test_plan import plan_of, random_case
+from test_pass_plan import plan_of, random_case
 digest = hashlib.sha256()
 for seed in range(400):
     steps, page_count, frame_count, read_ahead = random_case(seed)
@@ -285,8 +293,8 @@ def test_plans_are_byte_equal_across_processes_and_hash_seeds() -> None:
 
 def test_planning_needs_neither_torch_nor_the_native_module() -> None:
     program = (
-        "import sys; import tensorpager.plan as p; "
-        "s = p.steps_from_events([1, -1, 2, -2], [[0], [1]]); p.plan(s, frame_count=1, page_bytes=1, page_count=2); "
+        "import sys; import tensorpager.pass_plan as p; "
+        "s = p.steps_from_events([1, -1, 2, -2], [[0], [1]]); p.plan_pass(s, frame_count=1, page_bytes=1, page_count=2); "
         "print([m for m in ('torch', 'tensorpager._core') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True)

@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 from plan_traces import llama, random_pass
-from tensorpager.plan import Schedule, Steps, plan, simulate, steps_from_events
+from tensorpager.pass_plan import PageSchedule, Steps, plan_pass, simulate, steps_from_events
 
 # Three pages one after the other through two frames: page 0 stays, 1 and 2 take turns.
 STEPS = steps_from_events([1, -1, 2, -2, 3, -3], [[0], [1], [2]])
 
 
-def small_schedule() -> Schedule:
-    return plan(STEPS, frame_count=2, page_bytes=4096, page_count=4, read_ahead=0)
+def small_schedule() -> PageSchedule:
+    return plan_pass(STEPS, frame_count=2, page_bytes=4096, page_count=4, read_ahead=0)
 
 
-def changed(schedule: Schedule, **arrays: list[int]) -> Schedule:
+def changed(schedule: PageSchedule, **arrays: list[int]) -> PageSchedule:
     return dataclasses.replace(schedule, **{name: np.array(a, np.int32) for name, a in arrays.items()})
 
 
 def test_json_round_trip_is_byte_equal() -> None:
     built = llama()
-    schedule = plan(built.steps(), frame_count=400, page_bytes=2 << 20, page_count=built.page_count)
+    schedule = plan_pass(built.steps(), frame_count=400, page_bytes=2 << 20, page_count=built.page_count)
     text = schedule.to_json()
-    again = Schedule.from_json(text)
+    again = PageSchedule.from_json(text)
     assert again.to_json() == text
     for field in dataclasses.fields(schedule):
         before, after = getattr(schedule, field.name), getattr(again, field.name)
@@ -87,7 +87,7 @@ def test_every_rule_is_checked_on_load(change: dict[str, Any], rule: str) -> Non
     assert (content["action_page_in"], content["action_evict"]) == ([2, 1], [1, 2])
     assert (content["action_step"], content["action_deadline"]) == ([2, 3], [2, 4])
     with pytest.raises(ValueError, match=f"schedule.*{rule}"):
-        Schedule.from_json(json.dumps({**content, **change}))
+        PageSchedule.from_json(json.dumps({**content, **change}))
 
 
 @pytest.mark.parametrize("field", ["step_set", "page_bytes", "lower_bound_page_ins", "version", "format"])
@@ -95,13 +95,13 @@ def test_a_missing_field_is_named(field: str) -> None:
     content = json.loads(small_schedule().to_json())
     del content[field]
     with pytest.raises(ValueError, match=field):
-        Schedule.from_json(json.dumps(content))
+        PageSchedule.from_json(json.dumps(content))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '"x"', "[" * 100_000])
 def test_text_that_is_no_schedule_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="schedule"):
-        Schedule.from_json(text)
+        PageSchedule.from_json(text)
 
 
 def test_an_array_of_another_type_is_refused() -> None:
@@ -133,7 +133,7 @@ def test_eager_and_lazy_runs_read_the_same_pages_and_never_exceed_the_frames() -
     for seed in range(50):
         steps, page_count = random_pass(seed, pages_max=30, steps_max=20)
         frame_count = frames_for(steps)
-        schedule = plan(steps, frame_count=frame_count, page_bytes=1, page_count=page_count)
+        schedule = plan_pass(steps, frame_count=frame_count, page_bytes=1, page_count=page_count)
         eager, lazy = simulate(schedule, steps), simulate(schedule, steps, eager=False)
         assert eager.page_ins == lazy.page_ins == (schedule.page_ins_per_pass,) * 3
         assert max(eager.resident_pages_max, lazy.resident_pages_max) <= frame_count

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tensorpager as tp
-from tensorpager.plan import steps_from_events
-from tensorpager.trace import record_on_fakes
+from tensorpager.fake_pass import record_on_fakes
+from tensorpager.pass_plan import steps_from_events
 from torch_models import BUDGET, Net, brought_in, core_of, make_net, some_ids
 
 Events = "np.ndarray[Any, np.dtype[np.int32]]"

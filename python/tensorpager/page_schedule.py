@@ -20,7 +20,7 @@ SCHEDULE_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class PageSchedule:
     """One pass, repeated for ever.
 
     step_set: int32 [S], the set each step acquires, in order.
@@ -65,7 +65,7 @@ class Schedule:
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> Schedule:
+    def from_json(cls, text: str) -> PageSchedule:
         """Read to_json()'s text. ValueError that names the rule when the text breaks one."""
         try:
             content = json.loads(text)
@@ -112,7 +112,7 @@ def _decode(name: str, value: object) -> object:
     return np.array(value, np.int32)
 
 
-def _check(schedule: Schedule) -> None:
+def _check(schedule: PageSchedule) -> None:
     """Every rule a schedule can be held to without knowing the sets; ValueError with the rule that is broken."""
     for name in ARRAY_FIELDS:
         array = getattr(schedule, name)
@@ -127,7 +127,7 @@ def _check(schedule: Schedule) -> None:
     _check_actions(schedule)
 
 
-def _check_ranges(schedule: Schedule) -> None:
+def _check_ranges(schedule: PageSchedule) -> None:
     step_count, action_count = len(schedule.step_set), len(schedule.action_page_in)
     _require(schedule.page_bytes > 0, "page_bytes is positive")
     _require(max(schedule.page_count, schedule.frame_count) <= INT32_MAX, "pages and frames are counted in 31 bits")
@@ -156,7 +156,7 @@ def _check_ranges(schedule: Schedule) -> None:
     _require(schedule.largest_step_pages <= schedule.frame_count, "largest_step_pages is at most frame_count")
 
 
-def _check_actions(schedule: Schedule) -> None:
+def _check_actions(schedule: PageSchedule) -> None:
     for name in ("action_step", "action_deadline"):
         _require(bool(np.all(np.diff(getattr(schedule, name)) >= 0)), f"{name} never decreases")
     in_time = bool(np.all(schedule.action_step <= schedule.action_deadline))
@@ -185,7 +185,7 @@ class Simulation:
     ahead_pages: int
 
 
-def simulate(schedule: Schedule, steps: Steps, *, passes: int = 3, eager: bool = True) -> Simulation:
+def simulate(schedule: PageSchedule, steps: Steps, *, passes: int = 3, eager: bool = True) -> Simulation:
     """Carry the schedule out on a shadow page table and hold it to its promises.
 
     eager: every action at the first moment its rule allows (the other extreme, False: only when an acquire has to wait
@@ -196,7 +196,7 @@ def simulate(schedule: Schedule, steps: Steps, *, passes: int = 3, eager: bool =
 
 
 class _Shadow:
-    def __init__(self, schedule: Schedule, steps: Steps) -> None:
+    def __init__(self, schedule: PageSchedule, steps: Steps) -> None:
         if not np.array_equal(schedule.step_set, steps.step_set):
             msg = "the schedule was made for other steps: step_set differs"
             raise ValueError(msg)

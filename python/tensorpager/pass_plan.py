@@ -20,24 +20,24 @@ from collections.abc import Callable
 import numpy as np
 
 from tensorpager.errors import BudgetError
+from tensorpager.page_schedule import PageSchedule, Simulation, simulate
 from tensorpager.policy import belady_page_ins, circle_of, lru_page_ins, page_in_bound, place_prices
 from tensorpager.readahead import choose_kept, frames_ahead
-from tensorpager.schedule import Schedule, Simulation, simulate
 from tensorpager.steps import INT32_MAX, Int32Array, Steps, UseClasses, steps_from_events, use_classes
 
 __all__ = [
-    "Schedule",
+    "PageSchedule",
     "Simulation",
     "Steps",
     "belady_page_ins",
     "lru_page_ins",
-    "plan",
+    "plan_pass",
     "simulate",
     "steps_from_events",
 ]
 
 
-def plan(
+def plan_pass(
     steps: Steps,
     *,
     frame_count: int,
@@ -45,7 +45,7 @@ def plan(
     page_count: int,
     step_name: Callable[[int], str] | None = None,
     read_ahead: float | None = None,
-) -> Schedule:
+) -> PageSchedule:
     """The schedule for a pass that is repeated for ever, in frame_count frames of page_bytes each.
 
     page_count: pages of the address space; every page of the steps lies below it (ValueError otherwise). step_name:
@@ -72,7 +72,7 @@ def plan(
     page_ins = int(classes.gap_pages.sum()) - sum(kept)
     accesses = int(classes.own_pages.sum())
     initial, actions = _pair(classes, kept, frame_count)
-    return Schedule(
+    return PageSchedule(
         page_bytes=page_bytes,
         page_count=page_count,
         frame_count=frame_count,
