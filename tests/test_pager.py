@@ -24,7 +24,6 @@ import torch
 import tensorpager as tp
 from tensorpager.budget import format_bytes, parse_bytes
 from tensorpager.paged_tensor import PagedTensor, span_of
-from tensorpager.passes import PASS_PLANS_MAX
 from tensorpager.windows import inert_hook
 from torch_models import BUDGET, MIB, core_of, make_net, resident_pages_of, some_ids
 
@@ -139,38 +138,6 @@ def test_a_budget_too_small_for_anything() -> None:
         tp.page(torch.nn.Linear(4, 4), "1MiB")
     with pytest.raises(ValueError, match="size"):
         tp.page(torch.nn.Linear(4, 4), "lots")
-
-
-class Branching(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(12))
-
-    def forward(self, x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-        for index in order:
-            x = self.layers[index](x)
-        return x
-
-
-def test_other_steps_are_served_and_planned_for_a_few_times() -> None:
-    torch.manual_seed(0)
-    model = Branching()
-    twin = copy.deepcopy(model)
-    x = torch.ones(2, 512)
-    orders = [(*range(start, 12), *range(start)) for start in range(12)]
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
-        for turn in range(3):
-            for order in orders:
-                assert torch.equal(model(x, order[turn:]), twin(x, order[turn:]))
-        stats = pager.stats()
-        assert stats["plans"] == PASS_PLANS_MAX
-        for _ in range(2):  # a known one, twice in a row, is followed again
-            model(x, orders[1])
-        before = pager.stats()["off_schedule_acquires"]
-        model(x, orders[1])
-        assert pager.stats()["off_schedule_acquires"] == before
-        assert pager.stats()["plans"] == PASS_PLANS_MAX
-        assert stats["resident_bytes_max"] <= BUDGET
 
 
 # -- what is paged, and how it is moved --------------------------------------------------------------------------------

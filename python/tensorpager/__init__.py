@@ -6,6 +6,9 @@
     model = tp.from_pretrained("path/to/checkpoint", budget="4GiB")   # a transformers model, paged in place
     pager = tp.page(module, budget="1GiB")                            # any torch.nn.Module
 
+    pass_ = tp.trace(step, model, optimizer, batch)                   # operator by operator, without memory
+    schedule = tp.plan(pass_, "22GiB", tp.profile("rtx-4090", "gen4-nvme"))
+
 Importing the package is cheap: torch, transformers and the native core are loaded by what first needs them.
 """
 
@@ -29,36 +32,61 @@ from tensorpager.errors import (
 )
 
 if TYPE_CHECKING:
+    from tensorpager.hardware import Hardware, profile
+    from tensorpager.measured_hardware import this_machine
+    from tensorpager.operator_trace import Trace
     from tensorpager.paged_tensor import PagedTensor
     from tensorpager.pager import Pager, page
+    from tensorpager.planner import Budgets, plan
     from tensorpager.pretrained import from_pretrained
+    from tensorpager.reorder import Choices
+    from tensorpager.schedule import Schedule
+    from tensorpager.tracing import trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "Budgets",
     "CheckpointError",
+    "Choices",
     "ClosedError",
     "CorruptPageError",
     "EngineError",
     "ForkedProcessError",
+    "Hardware",
     "IoError",
     "MemoryMapError",
     "PagedTensor",
     "PagedTensorError",
     "Pager",
+    "Schedule",
     "TensorPagerError",
+    "Trace",
     "TraceError",
     "__version__",
     "from_pretrained",
     "page",
+    "plan",
+    "profile",
+    "this_machine",
+    "trace",
 ]
 
 _HOME = {
+    "Budgets": "tensorpager.planner",
+    "Choices": "tensorpager.reorder",
+    "Hardware": "tensorpager.hardware",
     "PagedTensor": "tensorpager.paged_tensor",
     "Pager": "tensorpager.pager",
     "from_pretrained": "tensorpager.pretrained",
+    "Schedule": "tensorpager.schedule",
+    "Trace": "tensorpager.operator_trace",
     "page": "tensorpager.pager",
+    "plan": "tensorpager.planner",
+    "profile": "tensorpager.hardware",
+    "this_machine": "tensorpager.measured_hardware",
+    "trace": "tensorpager.tracing",
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `tensorpager` command: `doctor` says what this machine offers, `demo` pages a model larger than its budget."""
+"""The `tensorpager` command: `doctor` says what this machine offers, `demo` pages a model, `plan` predicts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TextIO
 
 from tensorpager import __version__
 from tensorpager.errors import TensorPagerError
+from tensorpager.plan_command import add_plan_arguments, run_plan
 
 __all__ = ["main"]
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
     out = sys.stdout if out is None else out
     options = _parser().parse_args(arguments)
     try:
-        return _doctor(options, out) if options.command == "doctor" else _demo(options, out)
+        return _COMMANDS[options.command](options, out)
     except (TensorPagerError, OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"tensorpager {options.command}: {error}", file=sys.stderr)
         return 2
@@ -59,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--tokens", type=int, default=24, help="to generate (default: 24)")
     demo.add_argument("--engine", default="auto", help="auto, uring or pread (default: auto)")
+    planned = commands.add_parser(
+        "plan",
+        help="what a model would do on some hardware under some budget: a dry run",
+        description="Traces the model of a transformers configuration without its weights, schedules it for the "
+        "hardware, and says how long a pass takes, what moves, and how far from the best possible that is. Needs no "
+        "drive and no GPU. Exit status 0 when the work can run within the budget, else 1.",
+    )
+    add_plan_arguments(planned)
     return parser
 
 
@@ -93,3 +102,6 @@ def _demo(options: argparse.Namespace, out: TextIO) -> int:
         ),
         out,
     )
+
+
+_COMMANDS = {"doctor": _doctor, "demo": _demo, "plan": run_plan}

@@ -18,6 +18,7 @@ from tensorpager.errors import BudgetError
 from tensorpager.moving import collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
+from tensorpager.private_file import write_private
 from tensorpager.spill import SpillArena, aligned_size, choose_directory
 from tensorpager.windows import EnterHook, EnterUnguardedHook, LeaveHook, Window, drop_abandoned_calls
 
@@ -61,7 +62,9 @@ class Pager:
         Beside the core's own (bytes_read, bytes_written, page_ins, faults, stalls, touches, resident_bytes_max, engine,
         ...): paged_tensors and paged_bytes (of the model), spill_reserved_bytes (the part of it that is in no
         checkpoint), hit_rate (page accesses that needed no page-in, of all), and schedule: its certificate (see
-        plan.Schedule), or None. trace_failure and plan_failure say why there is none, or None.
+        page_schedule.PageSchedule), or None. plans: passes that were planned for one by one; expected_plans: plans for
+        what many different passes have in common; mispredicted_passes: of passes, those that took other steps than
+        expected. trace_failure and plan_failure say why there is no schedule, or None.
         """
         director = self._director
         counters: dict[str, Any] = dict(self._core.stats())
@@ -72,6 +75,8 @@ class Pager:
         counters["paged_bytes"] = self._paged_bytes
         counters["spill_reserved_bytes"] = self._spilled_bytes
         counters["plans"] = director.plan_count
+        counters["expected_plans"] = director.expected_plan_count
+        counters["mispredicted_passes"] = director.mispredicted_pass_count
         counters["trace_failure"] = director.trace_failure
         counters["plan_failure"] = director.plan_failure
         counters["schedule"] = self._certificate()
@@ -109,9 +114,8 @@ class Pager:
             names = {
                 int(number): self._core.set_name(int(number)) for number in np.unique(events["set"]) if number >= 0
             }
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(chrome_trace(events, page_bytes=self._core.page_bytes, set_names=names), file)
+            content = chrome_trace(events, page_bytes=self._core.page_bytes, set_names=names)
+            write_private(path, json.dumps(content))
         return events
 
     def close(self) -> None:

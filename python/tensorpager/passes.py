@@ -2,8 +2,11 @@
 """The root module's hooks: where a pass begins and ends, and which schedule the core follows.
 
 Before the first pass the steps are found on fake tensors (`fake_pass.py`) and planned. Every pass is recorded by the
-core; one that took other steps than the schedule's is planned for from what was recorded, a few times at most. Between
-passes only: a pass that leaves the schedule is served on demand.
+core; one that took other steps than the schedule's is planned for from what was recorded, a few times at most. After
+that the passes differ for good, and what most of them have in common is planned for (`expected_pass.py`). Between
+passes only: a pass that leaves the schedule is served on demand, and the rest of the schedule is still followed.
+
+Which of several known passes comes next is told from the shapes of the arguments: a prompt, a token, another length.
 
 Threads: passes may run concurrently; one of them at a time is recorded.
 """
@@ -11,6 +14,7 @@ Threads: passes may run concurrently; one of them at a time is recorded.
 from __future__ import annotations
 
 import threading
+import warnings
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from tensorpager.errors import BudgetError, TraceError
+from tensorpager.expected_pass import PassHistory
 from tensorpager.pass_plan import PageSchedule, plan_pass, steps_from_events
 from tensorpager.windows import Hook, calling_frame, is_on_stack
 
@@ -29,6 +34,12 @@ __all__ = ["PASS_PLANS_MAX", "PassDirector", "RootEnterHook", "RootLeaveHook"]
 
 #: Different passes that are planned for; any other is served on demand.
 PASS_PLANS_MAX = 8
+#: Once there are more, a schedule for what they have in common is made after so many passes, again and again.
+EXPECT_EVERY_PASSES = 16
+#: So many passes that took other steps than expected are told of, once.
+TELL_AFTER_PASSES = 16
+
+Shapes = tuple[tuple[int, ...] | None, ...]
 
 
 class _OpenPasses(threading.local):
@@ -56,6 +67,14 @@ class PassDirector:
         self.trace_failure: str | None = None
         self.plan_failure: str | None = None
         self.plan_count = 0
+        self.expected_plan_count = 0
+        self.pass_count = 0
+        self.mispredicted_pass_count = 0
+        self._history = PassHistory()
+        self._unplanned_count = 0
+        self._pass_of_shapes: dict[Shapes, bytes | None] = {}  # None: these shapes led to different passes
+        self._shapes: Shapes = ()
+        self._told = False
 
     @property
     def events(self) -> npt.NDArray[np.int32] | None:
@@ -71,6 +90,7 @@ class PassDirector:
         if not frames:
             self._end_recording()  # of an abandoned pass, if any
             self._trace_once(model, args, kwargs)
+            self._foresee(args, kwargs)
             self._core.begin_pass()
             self._begin_recording()
         frames.append(frame)
@@ -115,32 +135,74 @@ class PassDirector:
                 self._plan(events)
             self._tried_to_trace = True
 
+    def _foresee(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Follow the pass that arguments of these shapes led to the last time, when there is a schedule for it."""
+        shapes = tuple(
+            tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in (*args, *kwargs.values())
+        )
+        with self._lock:
+            self._shapes = shapes
+            key = self._pass_of_shapes.get(shapes)
+            if key is not None and key != self._current:
+                self._put(key, self._schedules[key])
+
     def _follow(self, events: npt.NDArray[np.int32]) -> None:
         """A pass took these steps. Plan for it if it is new; go back to a known one when it comes twice in a row."""
         key = events.tobytes()
         with self._lock:
             repeated = key == self._previous_pass
             self._previous_pass = key
-            if key == self._current:
-                return
-            if key in self._schedules:
-                if repeated:
-                    self._put(key, self._schedules[key])
-            elif len(self._schedules) < PASS_PLANS_MAX:
+            self._history.add(events)
+            self.pass_count += 1
+            self.mispredicted_pass_count += self._current is not None and key != self._current
+            if key not in self._schedules and len(self._schedules) >= PASS_PLANS_MAX:
+                self._expect()
+            elif key not in self._schedules:
                 self._plan(events)
+            elif key != self._current and repeated:
+                self._put(key, self._schedules[key])
+            if self._schedules.get(key) is not None:
+                known = self._pass_of_shapes.setdefault(self._shapes, key)
+                if known != key:
+                    self._pass_of_shapes[self._shapes] = None
+            tell = not self._told and self.mispredicted_pass_count >= TELL_AFTER_PASSES
+            self._told = self._told or tell
+        if tell:
+            _tell(self.mispredicted_pass_count, self.pass_count)
+
+    def _expect(self) -> None:
+        """A pass that will have no schedule of its own. Now and then, plan for what the last ones have in common."""
+        self._unplanned_count += 1
+        if self._unplanned_count % EXPECT_EVERY_PASSES != 1:
+            return
+        expected = self._history.expected()
+        key = expected.tobytes()
+        if len(expected) == 0 or key == self._current:
+            return
+        schedule = self._schedules.get(key) or self._schedule_for(expected)
+        if schedule is not None:
+            self.expected_plan_count += 1
+            self._put(key, schedule)
 
     def _plan(self, events: npt.NDArray[np.int32]) -> None:
-        core = self._core
-        pages = {int(set_id): core.set_pages(int(set_id)) for set_id in np.unique(np.abs(events)) - 1}
         key = events.tobytes()
         self._schedules[key] = None
+        schedule = self._schedule_for(events)
+        if schedule is not None:
+            self.plan_count += 1
+            self._schedules[key] = schedule
+            self._put(key, schedule)
+
+    def _schedule_for(self, events: npt.NDArray[np.int32]) -> PageSchedule | None:
+        core = self._core
+        pages = {int(set_id): core.set_pages(int(set_id)) for set_id in np.unique(np.abs(events)) - 1}
         try:
             steps = steps_from_events(events, pages)
         except ValueError as error:  # another thread's open steps, or a hold that did not fit: not a whole pass
             self.plan_failure = str(error)
-            return
+            return None
         try:
-            schedule = plan_pass(
+            return plan_pass(
                 steps,
                 frame_count=core.frame_count,
                 page_bytes=core.page_bytes,
@@ -149,10 +211,7 @@ class PassDirector:
             )
         except BudgetError as error:  # acquire() raises it at that very step, or the step is not taken after all
             self.plan_failure = str(error)
-            return
-        self.plan_count += 1
-        self._schedules[key] = schedule
-        self._put(key, schedule)
+            return None
 
     def _put(self, key: bytes, schedule: PageSchedule | None) -> None:
         if schedule is None:
@@ -167,6 +226,16 @@ class PassDirector:
         )
         self._current = key
         self.schedule = schedule
+
+
+def _tell(mispredicted: int, passes: int) -> None:
+    message = (
+        f"{mispredicted} of the first {passes} passes of the paged model took other steps than its schedule expected, "
+        "as models do that choose experts, leave early, or are called in several ways. Results are not affected. What "
+        "was not expected is read when it is needed, which is slower; Pager.stats() counts it (mispredicted_passes, "
+        "faults). This is told once."
+    )
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 class RootEnterHook(Hook):

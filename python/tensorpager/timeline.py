@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tensorpager.private_file import open_private
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -282,8 +284,7 @@ def residency_png(
     in_use = _use_intervals(events, kinds, set_pages or {})
     _draw_pages(pages_axes, (intervals, in_use), first_ns, seconds, page_bytes, page_count)
     bytes_axes.set_title(title or "Residency", loc="left", color=INK, fontweight="bold")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with open_private(path) as file:
         figure.savefig(file, format="png")
 
 
