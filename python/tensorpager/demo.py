@@ -131,6 +131,7 @@ def _run_model(model: Path, budgets: Sequence[str], options: DemoOptions, result
     references.append(_run_worker({**job, "budget_bytes": 0}, results / "unpaged"))
     compute_seconds = statistics.median(_warm(references[0]) + _warm(references[1]))
     rows = [_row(run, compute_seconds) for run in runs]
+    _add_predictions(rows, model, options.tokens, compute_seconds, generates)
     _print_table(rows, references, compute_seconds, model_bytes, out)
     _print_legend(rows, compute_seconds, generates, out)
     summary = {
@@ -202,13 +203,32 @@ def _row(run: Result, compute_seconds: float) -> dict[str, Any]:
     }
 
 
+def _add_predictions(
+    rows: list[dict[str, Any]], model: Path, tokens: int, compute_seconds: float, generates: bool
+) -> None:
+    """What the planner would have said, given the bandwidth and compute just measured; for models that generate."""
+    if not generates:
+        return
+    from tensorpager.demo_prediction import decode_trace, predicted_pass_seconds
+
+    trace = decode_trace(model, max(tokens, 1))
+    for row in rows:
+        row["predicted_seconds_per_pass"] = predicted_pass_seconds(
+            trace,
+            budget_bytes=row["budget_bytes"],
+            page_bytes=row["page_bytes"],
+            compute_seconds=compute_seconds,
+            read_bytes_per_second=row["bandwidth"],
+        )
+
+
 def _print_table(
     rows: list[dict[str, Any]], references: list[dict[str, Any]], compute_seconds: float, model_bytes: int, out: TextIO
 ) -> None:
-    head = ("budget", "peak RSS", "read/pass", "bound", "hits", "LRU", "passes/s", "time/floor", "bits")
+    head = ("budget", "peak RSS", "read/pass", "bound", "hits", "LRU", "passes/s", "planned", "time/floor", "bits")
     table = [head]
     peak = max(reference["memory_bytes_max"] for reference in references)
-    table.append(("unpaged", f"{peak / MIB:,.0f} MiB", "0", "0", "", "", f"{1 / compute_seconds:.2f}", "", ""))
+    table.append(("unpaged", f"{peak / MIB:,.0f} MiB", "0", "0", "", "", f"{1 / compute_seconds:.2f}", "", "", ""))
     table.extend(
         (
             f"{row['budget_bytes'] / MIB:,.0f} MiB ({row['budget_bytes'] / model_bytes:.0%})",
@@ -218,6 +238,7 @@ def _print_table(
             f"{row['hit_rate']:.1%}",
             f"{row['hit_rate_lru']:.1%}",
             f"{1 / row['seconds_per_pass']:.2f}",
+            _planned(row),
             f"{row['time_over_floor']:.2f}",
             "identical" if row["identical"] else "DIFFER",
         )
@@ -230,6 +251,11 @@ def _print_table(
     )
 
 
+def _planned(row: dict[str, Any]) -> str:
+    predicted = row.get("predicted_seconds_per_pass")
+    return f"{1 / predicted:.2f}" if predicted else ""
+
+
 def _print_legend(rows: list[dict[str, Any]], compute_seconds: float, generates: bool, out: TextIO) -> None:
     base = min(row["memory_bytes_before"] for row in rows)
     bandwidths = ", ".join(f"{row['bandwidth'] / GIB:.2f}" for row in rows)
@@ -238,7 +264,8 @@ def _print_legend(rows: list[dict[str, Any]], compute_seconds: float, generates:
         f"""
   pass: one call of the model{one_token}. peak RSS: of the whole process, {base / MIB:,.0f} MiB of it Python and its
   libraries. bound: no schedule reads less a pass in that budget. hits: accesses to a page that cost no read, beside
-  those of least recently used. floor: the longer of the unpaged pass ({compute_seconds:.3f} s) and the bytes read, at
-  the bandwidth at which the same engine reads the same files ({bandwidths} GiB/s just now).
+  those of least recently used. planned: what `tensorpager plan` predicts, given the unpaged pass and the bandwidth
+  below. floor: the longer of the unpaged pass ({compute_seconds:.3f} s) and the bytes read, at the bandwidth at which
+  the same engine reads the same files ({bandwidths} GiB/s just now).
 """
     )
