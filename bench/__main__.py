@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tensorpager.budget import parse_bytes
 
-ITEMS = ("page-in", "decode", "overhead", "plan")
+ITEMS = ("page-in", "decode", "overhead", "plan", "schedule")
 
 
 def main() -> int:
@@ -52,11 +52,11 @@ def _measure(item: str, options: argparse.Namespace) -> None:
 
         overhead.run(options.rounds)
     else:
-        script = Path(__file__).with_name("bench_plan.py")
+        script = Path(__file__).with_name(f"bench_{item}.py")
         results = script.parent / "results"
         results.mkdir(exist_ok=True)
-        command = [sys.executable, str(script), "--rounds", str(options.rounds), "--json", str(results / "plan.json")]
-        subprocess.run(command, check=True)
+        more = ["--large"] if item == "schedule" else ["--rounds", str(options.rounds)]
+        subprocess.run([sys.executable, str(script), *more, "--json", str(results / f"{item}.json")], check=True)
 
 
 if __name__ == "__main__":
