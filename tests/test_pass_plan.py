@@ -294,7 +294,8 @@ def test_plans_are_byte_equal_across_processes_and_hash_seeds() -> None:
 def test_planning_needs_neither_torch_nor_the_native_module() -> None:
     program = (
         "import sys; import tensorpager.pass_plan as p; "
-        "s = p.steps_from_events([1, -1, 2, -2], [[0], [1]]); p.plan_pass(s, frame_count=1, page_bytes=1, page_count=2); "
+        "s = p.steps_from_events([1, -1, 2, -2], [[0], [1]]); "
+        "p.plan_pass(s, frame_count=1, page_bytes=1, page_count=2); "
         "print([m for m in ('torch', 'tensorpager._core') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True)

@@ -29,13 +29,27 @@ LAYERS = {
 # Planning and header parsing, which work beside numpy alone.
 PURE_MODULES = {
     "budget",
+    "certificate",
     "checkpoint",
+    "demand",
     "errors",
+    "expected_pass",
+    "hardware",
+    "hardware_profiles",
     "header",
+    "keeping",
+    "keeping_bound",
+    "linear_program",
+    "operator_trace",
+    "pacing",
     "page_schedule",
     "pass_plan",
+    "planner",
     "policy",
+    "private_file",
     "readahead",
+    "reorder",
+    "schedule",
     "steps",
 }
 PURE_FORBIDDEN = {"torch", "transformers", "safetensors", "accelerate"}

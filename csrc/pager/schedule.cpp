@@ -11,7 +11,8 @@ namespace tp {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what) {
-  throw Error(ErrorKind::invalid, "schedule refused: " + what + "; schedules come from tensorpager.pass_plan.plan_pass()");
+  throw Error(ErrorKind::invalid,
+              "schedule refused: " + what + "; schedules come from tensorpager.pass_plan.plan_pass()");
 }
 
 void check_range(const char* array, std::span<const std::int32_t> values, std::int64_t low, std::int64_t end) {
