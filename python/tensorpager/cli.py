@@ -25,8 +25,9 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
     options = _parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options, out)
-    except (TensorPagerError, OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"tensorpager {options.command}: {error}", file=sys.stderr)
+    except (TensorPagerError, OSError, ValueError, RuntimeError, ImportError, LookupError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error  # whose text is a repr
+        print(f"tensorpager {options.command}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
