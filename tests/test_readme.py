@@ -30,6 +30,20 @@ def test_the_first_example_runs_as_printed() -> None:
     assert faults <= 216
 
 
+def test_the_planning_example_runs_as_printed() -> None:
+    example = next(block for block in code_blocks() if "tp.plan(" in block)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    times, moved, explained = done.stdout.split("\n", 2)
+    found = re.fullmatch(r"(\d+\.\d+) s a step, (\d\.\d\d) times the least possible", times)
+    assert found is not None, times
+    assert 1.0 <= float(found[2]) <= 1.06
+    found = re.match(r"(\d+) MiB moved; LRU (\d+) MiB; {'accumulation': 'as traced'", moved)
+    assert found is not None, moved
+    assert 0 < int(found[1]) < int(found[2])
+    assert explained.startswith("3.weight: 8 pages of 2097152 bytes; outlives the pass.\n")
+
+
 def test_every_figure_names_the_command_that_made_it() -> None:
     measured = README.read_text().split("## Measured")[1].split("\n## ")[0]
     assert "make bench" in measured

@@ -26,7 +26,8 @@ class Certificate:
     device_in_bytes, device_out_bytes: into the device's frames and out of them, both tiers together. drive_*: read from
     and written to drives. *_bound_bytes: no schedule with these budgets moves less, None when no solver was there (see
     `proof`). pass_seconds: predicted. compute_seconds: of all steps. time_bound_seconds: no schedule takes less on this
-    hardware. lru_drive_bytes: LRU's, with the same knowledge of dead content. tokens: per pass, 0 when unknown.
+    hardware. lru_drive_bytes: LRU's, with the same knowledge of dead content; of two tiers as if they were one memory,
+    which is a little more than two can hold. tokens: per pass, 0 when unknown.
     break_even_tokens: see the note; None when it means nothing, infinity when transfers never hide.
     """
 
