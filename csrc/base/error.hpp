@@ -17,6 +17,7 @@ enum class ErrorKind {
   engine,   // an engine was asked for that can't run here -> EngineError
   closed,   // used after close() -> ClosedError
   forked,   // used in a child of fork() -> ForkedProcessError
+  device,   // the device or its driver failed -> DeviceError
   invalid,  // an argument is out of range -> ValueError
 };
 

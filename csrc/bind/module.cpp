@@ -26,6 +26,7 @@ const char* exception_name(const tp::Error& error) {
     case tp::ErrorKind::engine: return "EngineError";
     case tp::ErrorKind::closed: return "ClosedError";
     case tp::ErrorKind::forked: return "ForkedProcessError";
+    case tp::ErrorKind::device: return "DeviceError";
     case tp::ErrorKind::invalid: return nullptr;
   }
   return nullptr;

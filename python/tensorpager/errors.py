@@ -75,6 +75,14 @@ class EngineError(TensorPagerError):
     """
 
 
+class DeviceError(TensorPagerError):
+    """A call of the device's driver failed; the message names the call, the driver's error and its number.
+
+    After an error that loses the context (an illegal address, say, which may be any earlier kernel's) every later call
+    fails alike, and a new process is needed. What has a copy in host memory can still be read.
+    """
+
+
 class ClosedError(TensorPagerError):
     """A pager, or a tensor that it pages, was used after `Pager.close()`."""
 
