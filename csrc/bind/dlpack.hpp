@@ -6,9 +6,11 @@
 
 namespace tp::dlpack {
 
+inline constexpr std::int32_t kCpu = 1, kCuda = 2;
+
 struct Device {
-  std::int32_t type;  // 1: CPU
-  std::int32_t id;
+  std::int32_t type = kCpu;
+  std::int32_t id = 0;
 };
 
 struct DataType {

@@ -54,14 +54,34 @@ const tp::Residency::Interrupted& interrupted() {
   return callback;
 }
 
-void acquire(Pager& pager, std::uint32_t set) {
+// A raw stream handle, as torch gives it. 0 is the legacy default stream; on the host it means nothing.
+tp::cuda::Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<tp::cuda::Stream>(handle); }
+
+void acquire(Pager& pager, std::uint32_t set, std::uintptr_t stream) {
   const py::gil_scoped_release no_gil;
-  pager.acquire(tp::SetId{set}, interrupted());
+  pager.acquire(tp::SetId{set}, interrupted(), stream_of(stream));
 }
 
-std::int64_t hold(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes) {
+// The GIL stays on the host, where nothing is called that could take time.
+void release(Pager& pager, std::uint32_t set, std::uintptr_t stream) {
+  if (pager.device() == nullptr) {
+    pager.release(tp::SetId{set});
+    return;
+  }
   const py::gil_scoped_release no_gil;
-  const auto set = pager.hold({reinterpret_cast<const std::byte*>(address), size_bytes}, interrupted());
+  pager.release(tp::SetId{set}, stream_of(stream));
+}
+
+// What prefetch() gives: the ticket, and the pager that knows the streams. Python keeps the pager alive for it.
+struct BoundTicket {
+  Pager& pager;
+  std::unique_ptr<tp::Ticket> ticket;
+};
+
+std::int64_t hold(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes, std::uintptr_t stream) {
+  const py::gil_scoped_release no_gil;
+  const auto set =
+      pager.hold({reinterpret_cast<const std::byte*>(address), size_bytes}, interrupted(), stream_of(stream));
   return set ? static_cast<std::int64_t>(set->value) : -1;
 }
 
@@ -81,7 +101,10 @@ py::capsule tensor(Pager& pager, std::uintptr_t address, std::uint64_t size_byte
   if (!first.valid() || !last.valid())
     throw tp::Error(tp::ErrorKind::invalid, "tensor: the range lies outside the pager's address space");
   auto* owner = new TensorOwner{pager.space(), {static_cast<std::int64_t>(size_bytes)}, {}};
-  owner->managed.tensor = {reinterpret_cast<void*>(address), {1, 0}, 1, {1, 8, 1}, owner->shape, nullptr, 0};
+  const bool on_device = pager.device() != nullptr && !pager.device_memory_is_host_memory();
+  const tp::dlpack::Device device =
+      on_device ? tp::dlpack::Device{tp::dlpack::kCuda, pager.device()->facts().ordinal} : tp::dlpack::Device{};
+  owner->managed.tensor = {reinterpret_cast<void*>(address), device, 1, {1, 8, 1}, owner->shape, nullptr, 0};
   owner->managed.context = owner;
   owner->managed.deleter = delete_owner;
   return py::capsule(&owner->managed, "dltensor", [](PyObject* capsule) {
@@ -145,6 +168,9 @@ void add_counters(py::dict& result, const Pager& pager) {
   result["prefetches"] = counts.prefetches;
   result["faults"] = counts.faults;
   result["zero_fills"] = counts.zero_fills;
+  result["host_hits"] = counts.host_hits;
+  result["reads"] = counts.reads;
+  result["copies_out"] = counts.copies_out;
   result["evictions"] = counts.evictions;
   result["writebacks"] = counts.writebacks;
   result["stalls"] = counts.stalls;
@@ -178,6 +204,10 @@ py::dict stats(const Pager& pager) {
   result["budget_bytes"] = pager.budget_bytes();
   result["resident_bytes_max"] = pager.bytes_in_use_max();
   result["pinned_pages"] = pager.residency().pinned_pages();
+  result["bytes_to_device"] = pager.bytes_to_device();
+  result["bytes_to_host"] = pager.bytes_to_host();
+  result["host_budget_bytes"] = pager.host_budget_bytes();
+  result["host_bytes_max"] = pager.host_bytes_in_use_max();
   result["spill_bytes"] = pager.spill_bytes();
   result["events_overwritten"] = pager.residency().events_overwritten();
   return result;
@@ -185,7 +215,8 @@ py::dict stats(const Pager& pager) {
 
 std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine,
                                   unsigned io_depth, std::uint64_t inflight_bytes, const std::string& spill_directory,
-                                  std::size_t event_capacity) {
+                                  std::size_t event_capacity, int device, std::uint64_t host_budget_bytes,
+                                  const std::string& driver_library) {
   const py::gil_scoped_release no_gil;
   tp::PagerOptions options;
   options.budget_bytes = budget_bytes;
@@ -195,6 +226,11 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
   options.inflight_bytes = inflight_bytes;
   options.spill_directory = spill_directory;
   options.event_capacity = event_capacity;
+  if (device >= 0) {
+    const bool stand_in = !driver_library.empty();
+    const tp::CudaDriver& driver = stand_in ? tp::CudaDriver::load(driver_library) : tp::CudaDriver::system();
+    options.device = tp::DeviceOptions{&driver, device, host_budget_bytes, stand_in};
+  }
   return std::make_unique<Pager>(options);
 }
 
@@ -224,19 +260,32 @@ void bind_pager_paging(py::class_<Pager>& pager) {
       .def(
           "set_name", [](const Pager& self, std::uint32_t set) { return self.set(tp::SetId{set}).name; },
           py::arg("set_id"))
-      .def("acquire", &acquire, py::arg("set_id"),
-           "Wait until every page of the set is resident and forbid eviction until release(). Counted. Raises "
-           "BudgetError, IoError, "
-           "ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.")
+      .def("acquire", &acquire, py::arg("set_id"), py::arg("stream") = 0,
+           "Wait until every page of the set is resident and forbid eviction until release(). Counted. On a device: "
+           "until the copies are issued, and the stream (a raw handle) waits for them. Raises BudgetError, IoError, "
+           "DeviceError, ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.")
+      .def("release", &release, py::arg("set_id"), py::arg("stream") = 0,
+           "Let the pages go: on a device, once the stream has done all it holds now.")
       .def(
-          "release", [](Pager& self, std::uint32_t set) { self.release(tp::SetId{set}); }, py::arg("set_id"))
-      .def("hold", &hold, py::arg("address"), py::arg("size_bytes"),
+          "mark_written", [](Pager& self, std::uint32_t set) { self.mark_written(tp::SetId{set}); }, py::arg("set_id"),
+          "The device writes to the pages of the set, which is acquired. ValueError if it is not.")
+      .def(
+          "synchronize",
+          [](Pager& self, std::uintptr_t stream) {
+            const py::gil_scoped_release no_gil;
+            self.synchronize(stream_of(stream));
+          },
+          py::arg("stream") = 0, "Wait until the stream has done all it holds; nothing on the host.")
+      .def("hold", &hold, py::arg("address"), py::arg("size_bytes"), py::arg("stream") = 0,
            "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can "
            "hold at once: then "
-           "nothing is pinned and every page comes in as it is touched.")
+           "nothing is pinned and every page comes in as it is touched, which a device can't do: BudgetError.")
       .def(
-          "prefetch", [](Pager& self, std::uint32_t set) { return self.prefetch(tp::SetId{set}); }, py::arg("set_id"),
-          py::keep_alive<0, 1>(),
+          "prefetch",
+          [](Pager& self, std::uint32_t set) {
+            return std::make_unique<BoundTicket>(BoundTicket{self, self.prefetch(tp::SetId{set})});
+          },
+          py::arg("set_id"), py::keep_alive<0, 1>(),
           "Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.")
       .def("begin_pass", &Pager::begin_pass,
            "The model's root is entered: the schedule's position goes to the next start of its cycle.")
@@ -252,16 +301,22 @@ void bind_pager_paging(py::class_<Pager>& pager) {
 }
 
 void bind_ticket(py::module_& module) {
-  py::class_<tp::Ticket>(module, "Ticket", "An acquire under way. It holds its pages until release() or its end.")
-      .def_property_readonly("done", &tp::Ticket::done, "Whether wait() would return, or raise, at once.")
+  py::class_<BoundTicket>(module, "Ticket", "An acquire under way. It holds its pages until release() or its end.")
+      .def_property_readonly(
+          "done", [](const BoundTicket& self) { return self.ticket->done(); },
+          "Whether wait() would return, or raise, at once.")
       .def(
           "wait",
-          [](tp::Ticket& self) {
+          [](BoundTicket& self, std::uintptr_t stream) {
             const py::gil_scoped_release no_gil;
-            self.wait(interrupted());
+            self.pager.wait(*self.ticket, interrupted(), stream_of(stream));
           },
+          py::arg("stream") = 0,
           "Wait until every page is resident. IoError, BudgetError, ClosedError, KeyboardInterrupt.")
-      .def("release", &tp::Ticket::release, "Let the pages go. Idempotent.");
+      .def(
+          "release",
+          [](BoundTicket& self, std::uintptr_t stream) { self.pager.release(*self.ticket, stream_of(stream)); },
+          py::arg("stream") = 0, "Let the pages go. Idempotent.");
 }
 
 void bind_pager_facts(py::class_<Pager>& pager) {
@@ -272,6 +327,11 @@ void bind_pager_facts(py::class_<Pager>& pager) {
           "pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
           "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
       .def_property_readonly("budget_bytes", &Pager::budget_bytes)
+      .def_property_readonly(
+          "device", [](const Pager& self) { return self.device() == nullptr ? -1 : self.device()->facts().ordinal; },
+          "Number of the CUDA device, -1 on the host.")
+      .def_property_readonly("device_memory_is_host_memory", &Pager::device_memory_is_host_memory,
+                             "With a stand-in for the driver: tensors are the CPU's.")
       .def_property_readonly("closed", &Pager::closed)
       .def("page_states", &page_states, "State of every page, uint8: an index into PAGE_STATES.")
       .def("stats", &stats, "Counters since the start or reset_stats().")
@@ -315,10 +375,16 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   pager
       .def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
            py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
-           py::arg("spill_directory") = "", py::arg("event_capacity") = 65536,
-           "Allocates budget_bytes // page_bytes frames at once. BudgetError, MemoryMapError, EngineError, ValueError.")
-      .def("map_file", &Pager::map_file, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
-           "Reserve addresses for a file, read-only: byte i is at Region.address + i. IoError.")
+           py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
+           py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "",
+           "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
+           "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
+           "for tests, a stand-in for the driver whose device memory is host memory. BudgetError, MemoryMapError, "
+           "EngineError, DeviceError, ValueError.")
+      .def("map_file", &Pager::map_file, py::arg("path"), py::arg("aligned_offset_bytes") = 0,
+           py::call_guard<py::gil_scoped_release>(),
+           "Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at "
+           "aligned_offset_bytes lies at a multiple of 256. IoError.")
       .def("map_spill", &Pager::map_spill, py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for new bytes, zero until written.")
       .def("tensor", &tensor, py::arg("address"), py::arg("size_bytes"),

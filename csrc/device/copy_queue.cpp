@@ -1,31 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device/copy_queue.hpp"
 
-#include "base/check.hpp"
-
 namespace tp {
 namespace {
 
-class HostCopyQueue final : public CopyQueue {
- public:
-  void submit(const CopyRequest& request) override {
-    TP_CHECK(request.size_bytes > 0);
-    TP_CHECK(request.device == reinterpret_cast<std::uintptr_t>(request.host));  // one frame, two names
-    done_.push_back({request.token, 0});
-  }
-  std::size_t poll(std::vector<CopyCompletion>& completions) override {
-    const std::size_t count = done_.size();
-    completions.insert(completions.end(), done_.begin(), done_.end());
-    done_.clear();
-    return count;
-  }
-
- private:
-  std::vector<CopyCompletion> done_;
-};
+cuda::DevicePtr device_pointer(const std::byte* address) { return reinterpret_cast<cuda::DevicePtr>(address); }
 
 }  // namespace
 
-std::unique_ptr<CopyQueue> make_host_copy_queue() { return std::make_unique<HostCopyQueue>(); }
+CopyQueue::CopyQueue(std::shared_ptr<const CudaDevice> device)
+    : device_(device), to_device_(device->make_stream()), arrivals_(device), departures_(device) {
+  try {
+    to_host_ = device_->make_stream();
+  } catch (...) {
+    device_->driver().cuStreamDestroy.result(to_device_);
+    throw;
+  }
+}
+
+CopyQueue::~CopyQueue() {
+  device_->driver().cuStreamDestroy.result(to_device_);
+  device_->driver().cuStreamDestroy.result(to_host_);
+}
+
+void CopyQueue::to_device(std::byte* device_address, const std::byte* host, std::size_t size_bytes) {
+  device_->driver().cuMemcpyHtoDAsync(device_pointer(device_address), static_cast<const void*>(host), size_bytes,
+                                      to_device_);
+  bytes_to_device_.fetch_add(size_bytes, std::memory_order_relaxed);
+}
+
+void CopyQueue::zero(std::byte* device_address, std::size_t size_bytes) {
+  device_->driver().cuMemsetD8Async(device_pointer(device_address), static_cast<unsigned char>(0), size_bytes,
+                                    to_device_);
+}
+
+void CopyQueue::to_host(std::byte* host, const std::byte* device_address, std::size_t size_bytes) {
+  device_->driver().cuMemcpyDtoHAsync(static_cast<void*>(host), device_pointer(device_address), size_bytes, to_host_);
+  bytes_to_host_.fetch_add(size_bytes, std::memory_order_relaxed);
+}
 
 }  // namespace tp

@@ -1,44 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CopyQueue contract: the second half of a page's way, between its host frame and its device frame.
+// Copies between host and device frames, on two streams of its own, one for each direction, so that both of the
+// device's copy engines work at once.
 //
-// Every page-in passes READING -> HOST -> COPYING_IN -> DEVICE and every eviction the way back, on every device, so
-// that the executor is written once. On the host device the two frames are one: HostCopyQueue completes a request at
-// the next poll() and moves no byte. A CUDA queue issues the copy on a stream of its own and completes when its event
-// has.
+// A copy is issued in pieces (to_device, zero, to_host) and closed by end_...(), which numbers it. It is done when that
+// point of its timeline is reached: arrivals() for copies to the device, departures() for those to the host.
 //
-// Threads: the executor thread only. Blocking: never. Ownership: both frames belong to the queue from submit() to the
-// completion.
+// Threads: the executor thread; the timelines from any. Blocking: never, once the device works: a stream takes about a
+// thousand operations before the driver makes its caller wait, and the caller bounds what is in flight. Ownership: host
+// memory and device addresses belong to the queue from the call until the point is reached. Errors: Error(device).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <vector>
+
+#include "device/cuda_device.hpp"
+#include "device/event_timeline.hpp"
 
 namespace tp {
 
-enum class CopyDirection : std::uint8_t { to_device, to_host };
-
-struct CopyRequest {
-  std::uint64_t token = 0;  // the caller's; comes back in the completion
-  CopyDirection direction = CopyDirection::to_device;
-  std::byte* host = nullptr;
-  std::uintptr_t device = 0;
-  std::size_t size_bytes = 0;
-};
-
-struct CopyCompletion {
-  std::uint64_t token = 0;
-  int error = 0;  // 0, or the device's own error number
-};
-
 class CopyQueue {
  public:
-  virtual ~CopyQueue() = default;
-  virtual void submit(const CopyRequest& request) = 0;
-  virtual std::size_t poll(std::vector<CopyCompletion>& completions) = 0;  // appends; returns how many
-};
+  explicit CopyQueue(std::shared_ptr<const CudaDevice> device);
+  ~CopyQueue();
+  CopyQueue(const CopyQueue&) = delete;
+  CopyQueue& operator=(const CopyQueue&) = delete;
 
-std::unique_ptr<CopyQueue> make_host_copy_queue();
+  void to_device(std::byte* device_address, const std::byte* host, std::size_t size_bytes);
+  void zero(std::byte* device_address, std::size_t size_bytes);
+  std::uint64_t end_to_device() { return arrivals_.record(to_device_); }
+  void to_host(std::byte* host, const std::byte* device_address, std::size_t size_bytes);
+  std::uint64_t end_to_host() { return departures_.record(to_host_); }
+
+  EventTimeline& arrivals() noexcept { return arrivals_; }
+  const EventTimeline& arrivals() const noexcept { return arrivals_; }
+  const EventTimeline& departures() const noexcept { return departures_; }
+  EventTimeline& departures() noexcept { return departures_; }
+  std::uint64_t bytes_to_device() const noexcept { return bytes_to_device_.load(std::memory_order_relaxed); }
+  std::uint64_t bytes_to_host() const noexcept { return bytes_to_host_.load(std::memory_order_relaxed); }
+
+ private:
+  std::shared_ptr<const CudaDevice> device_;
+  cuda::Stream to_device_ = nullptr;
+  cuda::Stream to_host_ = nullptr;
+  EventTimeline arrivals_, departures_;
+  std::atomic<std::uint64_t> bytes_to_device_{0}, bytes_to_host_{0};
+};
 
 }  // namespace tp

@@ -1,18 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Virtual addresses that never change. Each page of the model has its own address for ever; being resident means that
-// a frame's memory stands there. An absent page is PROT_NONE, a resident clean one PROT_READ (so that the first write
-// is seen, fault_handler.hpp), a dirty one readable and writable.
+// a frame's memory stands there. This is what the host's and the device's address spaces have in common: which page
+// lies where.
 //
-// How a frame moves: mremap carries its page-table entries to the new address (no copy, no zeroing; about 10 us for 2
-// MiB). MREMAP_DONTUNMAP leaves the old range reserved: with a plain mremap another thread's mmap could take the hole
-// before we close it. Data appear at an address at one instant, whole: the transfer runs while the frame is at its
-// slot, and the address becomes readable after.
-//
-// Threads: reserve() by one thread at a time, under the pager's lock; map/unmap/allow_write by the executor thread
-// (allow_write also by a faulting thread, under the pager's lock, for a page that is resident). address()/find() from
-// any thread once reserved. Blocking: system calls only. Errors: Error(memory). Ownership: regions are unmapped by the
-// destructor; tensors over them keep a shared_ptr to the space. After discard() no page is resident and no frame may be
-// mapped any more.
+// Threads: reserve() by one thread at a time, under the pager's lock. address()/find() from any thread once reserved.
+// Blocking: system or driver calls only. Errors: Error(memory), Error(device), Error(invalid). Ownership: regions are
+// given back by the destructor; tensors over them keep a shared_ptr to the space.
 #pragma once
 
 #include <atomic>
@@ -22,7 +15,6 @@
 #include <span>
 
 #include "base/ids.hpp"
-#include "mem/frame_pool.hpp"
 
 namespace tp {
 
@@ -34,7 +26,7 @@ struct PageRange {
 class AddressSpace {
  public:
   explicit AddressSpace(std::size_t page_bytes);
-  ~AddressSpace();
+  virtual ~AddressSpace() = default;
   AddressSpace(const AddressSpace&) = delete;
   AddressSpace& operator=(const AddressSpace&) = delete;
 
@@ -42,27 +34,26 @@ class AddressSpace {
   PageRange reserve(std::size_t page_count);
   std::size_t page_count() const noexcept { return page_count_.load(std::memory_order_acquire); }
   std::size_t page_bytes() const noexcept { return page_bytes_; }
+  // Of a device: not to be dereferenced by the host.
   std::byte* address(PageId page) const;
   // The page at an address, or an invalid id when it lies outside every region.
   PageId find(const void* address) const noexcept;
 
-  // The frame's memory goes from its slot to the page's address, readable.
-  void map(FramePool& pool, FrameId frame, PageId page);
-  // Back to its slot, where it will have the given access. The page is absent from the first instant.
-  void unmap(FramePool& pool, FrameId frame, PageId page, SlotAccess slot_access);
-  void allow_write(PageId page);
-  // Frees the memory of everything that is still mapped here; every page is absent.
-  void discard() noexcept;
+  // A resident page may be written to from now on.
+  virtual void allow_write(PageId page) = 0;
 
- private:
+ protected:
   struct Region {
     std::byte* reservation = nullptr;
     std::size_t reservation_bytes = 0;
     std::byte* base = nullptr;
     PageRange pages;
   };
+  // Addresses for `bytes` from Region::base on, a multiple of the page size. Region::pages is filled in by reserve().
+  virtual Region reserve_region(std::size_t bytes) = 0;
   std::span<const Region> regions() const noexcept;
 
+ private:
   // Fixed storage, published by the count: the executor and the fault handler look addresses up while another
   // thread reserves the next region.
   std::size_t page_bytes_;

@@ -2,6 +2,8 @@
 #include "mem/frame_pool.hpp"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -42,6 +44,13 @@ void refuse_more_than_the_machine_has(std::uint64_t budget_bytes) {
               ENOMEM);
 }
 
+void prefer_numa_node(void* memory, std::size_t bytes, int node) {
+  constexpr int kPreferred = 1;  // MPOL_PREFERRED of <numaif.h>, which is libnuma's
+  if (node < 0 || node >= 64) return;
+  const unsigned long mask = 1ul << node;
+  syscall(SYS_mbind, memory, bytes, kPreferred, &mask, sizeof mask * 8, 0u);
+}
+
 }  // namespace
 
 int protection_flags(SlotAccess access) noexcept {
@@ -53,19 +62,20 @@ int protection_flags(SlotAccess access) noexcept {
   return PROT_NONE;
 }
 
-FramePool::FramePool(std::uint64_t budget_bytes, std::size_t page_bytes)
-    : page_bytes_(page_bytes), frame_count_(budget_bytes / page_bytes) {
+FramePool::FramePool(std::uint64_t budget_bytes, std::size_t page_bytes, std::size_t slack_bytes, int numa_node)
+    : page_bytes_(page_bytes), frame_bytes_(page_bytes + slack_bytes), frame_count_(budget_bytes / frame_bytes_) {
+  TP_CHECK(slack_bytes % (4 * kKiB) == 0);
   TP_CHECK(std::has_single_bit(page_bytes) && page_bytes >= kPageBytesMin && page_bytes <= kPageBytesMax);
   if (frame_count_ < kFramesMin) {
     throw Error(ErrorKind::budget, "the budget of " + mebibytes(budget_bytes) + " holds " +
-                                       std::to_string(frame_count_) + " frames of " + mebibytes(page_bytes) +
+                                       std::to_string(frame_count_) + " frames of " + mebibytes(frame_bytes_) +
                                        "; at least " + std::to_string(kFramesMin) + " are needed (" +
-                                       mebibytes(kFramesMin * page_bytes) + ")");
+                                       mebibytes(kFramesMin * frame_bytes_) + ")");
   }
-  refuse_more_than_the_machine_has(frame_count_ * page_bytes);
+  refuse_more_than_the_machine_has(frame_count_ * frame_bytes_);
 
   // One page more than needed, so that the first frame can start at a multiple of the page size.
-  reservation_bytes_ = (frame_count_ + 1) * page_bytes_;
+  reservation_bytes_ = frame_count_ * frame_bytes_ + page_bytes_;
   void* memory =
       mmap(nullptr, reservation_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
@@ -76,7 +86,7 @@ FramePool::FramePool(std::uint64_t budget_bytes, std::size_t page_bytes)
   const auto address = reinterpret_cast<std::uintptr_t>(reservation_);
   base_ = reservation_ + (page_bytes_ - address % page_bytes_) % page_bytes_;
   try {
-    populate();
+    populate(numa_node);
   } catch (...) {
     munmap(reservation_, reservation_bytes_);
     throw;
@@ -90,14 +100,15 @@ FramePool::FramePool(std::uint64_t budget_bytes, std::size_t page_bytes)
 
 FramePool::~FramePool() { munmap(reservation_, reservation_bytes_); }
 
-void FramePool::populate() {
-  const std::size_t bytes = frame_count_ * page_bytes_;
+void FramePool::populate(int numa_node) {
+  const std::size_t bytes = frame_count_ * frame_bytes_;
   // Huge pages are a speed-up, not a need: a kernel without them (EINVAL) gives 4 KiB pages. A child of fork() must not
   // share frames: copy-on-write during direct I/O would split parent and child (open(2), NOTES).
   madvise(base_, bytes, MADV_HUGEPAGE);
   if (madvise(base_, bytes, MADV_DONTFORK) != 0) {
     throw Error(ErrorKind::memory, "MADV_DONTFORK on the frames failed: " + describe_errno(errno), errno);
   }
+  prefer_numa_node(base_, bytes, numa_node);
   // Zeroing runs at memory speed per core, so every core takes a share; two are enough on small machines.
   const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
   const std::size_t frames_per_thread = (frame_count_ + threads - 1) / threads;
@@ -108,8 +119,8 @@ void FramePool::populate() {
     const std::size_t last = std::min(frame_count_, first + frames_per_thread);
     if (first == last) break;
     workers.emplace_back([this, first, last, &failure] {
-      std::byte* begin = base_ + first * page_bytes_;
-      const std::size_t size = (last - first) * page_bytes_;
+      std::byte* begin = base_ + first * frame_bytes_;
+      const std::size_t size = (last - first) * frame_bytes_;
       int result = 0;
       while ((result = madvise(begin, size, MADV_POPULATE_WRITE)) != 0 && errno == EAGAIN) {
       }
@@ -132,7 +143,7 @@ void FramePool::populate() {
 
 std::byte* FramePool::slot(FrameId frame) const {
   TP_CHECK(frame.value < frame_count_);
-  return base_ + static_cast<std::size_t>(frame.value) * page_bytes_;
+  return base_ + static_cast<std::size_t>(frame.value) * frame_bytes_;
 }
 
 FrameId FramePool::take() {
@@ -161,7 +172,7 @@ SlotAccess FramePool::access(FrameId frame) const {
 
 void FramePool::set_access(FrameId frame, SlotAccess access) {
   if (this->access(frame) == access) return;
-  if (mprotect(slot(frame), page_bytes_, protection_flags(access)) != 0) {
+  if (mprotect(slot(frame), frame_bytes_, protection_flags(access)) != 0) {
     throw Error(ErrorKind::memory,
                 "mprotect of frame " + std::to_string(frame.value) + " failed: " + describe_errno(errno), errno);
   }

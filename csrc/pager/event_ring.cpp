@@ -10,7 +10,7 @@
 
 namespace tp {
 namespace {
-static_assert(std::size(kEventKindNames) == static_cast<std::size_t>(EventKind::fault) + 1);
+static_assert(std::size(kEventKindNames) == static_cast<std::size_t>(EventKind::copy_out_end) + 1);
 thread_local const std::uint32_t current_thread = static_cast<std::uint32_t>(gettid());
 }  // namespace
 

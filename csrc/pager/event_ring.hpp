@@ -20,10 +20,15 @@ enum class EventKind : std::uint8_t {
   stall_begin,
   stall_end,
   fault,
+  read_begin,  // into the host tier of a device: frame is of the host tier
+  read_end,
+  copy_out_begin,
+  copy_out_end,
 };
-inline constexpr const char* kEventKindNames[] = {"page_in_begin", "page_in_end",   "evict",       "writeback_begin",
-                                                  "writeback_end", "acquire_begin", "acquire_end", "release",
-                                                  "stall_begin",   "stall_end",     "fault"};
+inline constexpr const char* kEventKindNames[] = {"page_in_begin", "page_in_end",    "evict",       "writeback_begin",
+                                                  "writeback_end", "acquire_begin",  "acquire_end", "release",
+                                                  "stall_begin",   "stall_end",      "fault",       "read_begin",
+                                                  "read_end",      "copy_out_begin", "copy_out_end"};
 
 struct Event {
   std::uint64_t time_ns;  // CLOCK_MONOTONIC

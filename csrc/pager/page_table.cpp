@@ -8,18 +8,21 @@ namespace {
 
 // The transition table. Rows: from; columns: to, in the order of PageState.
 //
-//   page-in    absent -> reading -> host -> copying_in -> device     (Backing::zero skips the read: absent -> host)
-//   evict      device -> copying_out -> host -> absent               (clean: dropped)
-//              device -> copying_out -> host -> writing -> absent    (dirty: written back first)
+//   page-in    absent -> reading -> host -> copying_in -> device     (Backing::zero skips the read, and on a device the
+//                                                                     host frame: absent -> copying_in)
+//   evict      device -> absent, or -> host where the host frame has the bytes                 (nothing to be kept)
+//              device -> copying_out -> host -> writing -> absent    (dirty: written back, sooner or later)
 //   failures   reading, host, copying_in -> failed -> absent         (a page-in: the next access starts again)
-//              writing -> host -> copying_in -> device               (a writeback: the bytes go back to their address)
+//              writing -> host, host -> copying_in -> device         (a writeback: on the host the bytes go back to
+//              their
+//                                                                     address)
 constexpr bool kAllowed[kPageStateCount][kPageStateCount] = {
     //                absent reading host   copyin device copyout writing failed
-    /* absent      */ {false, true, true, false, false, false, false, false},
+    /* absent      */ {false, true, true, true, false, false, false, false},
     /* reading     */ {false, false, true, false, false, false, false, true},
     /* host        */ {true, false, false, true, false, false, true, true},
     /* copying_in  */ {false, false, false, false, true, false, false, true},
-    /* device      */ {false, false, false, false, false, true, false, false},
+    /* device      */ {true, false, true, false, false, true, false, false},
     /* copying_out */ {false, false, true, false, false, false, false, false},
     /* writing     */ {true, false, true, false, false, false, false, false},
     /* failed      */ {true, false, false, false, false, false, false, false},
@@ -66,11 +69,25 @@ void PageTable::set_state(PageId page, PageState to) {
   if (to == PageState::device) ++resident_count_;
   if (entry.state == PageState::device) --resident_count_;
   // A page that is pinned was asked for: it may arrive, but never leave.
-  TP_CHECK(to != PageState::copying_out || entry.pins == 0);
-  // Who has a frame: every state between absent and absent, and only those.
-  const bool has_frame = to != PageState::absent && to != PageState::failed;
-  TP_CHECK(has_frame == entry.frame.valid());
+  TP_CHECK(entry.state != PageState::device || entry.pins == 0);
+  check_frames(entry, to);
   entry.state = to;
+}
+
+// Who has which frame.
+void PageTable::check_frames(const PageEntry& entry, PageState state) const {
+  const bool gone = state == PageState::absent || state == PageState::failed;
+  if (tiers_ == 1) {
+    TP_CHECK(entry.frame.valid() != gone && !entry.host_frame.valid());
+    return;
+  }
+  const bool on_device =
+      state == PageState::copying_in || state == PageState::device || state == PageState::copying_out;
+  TP_CHECK(entry.frame.valid() == on_device);
+  if (gone) TP_CHECK(!entry.host_frame.valid());
+  const bool in_host_tier = state == PageState::reading || state == PageState::host || state == PageState::writing ||
+                            state == PageState::copying_out;
+  if (in_host_tier) TP_CHECK(entry.host_frame.valid());
 }
 
 }  // namespace tp

@@ -2,6 +2,12 @@
 // One entry for every page of the address space: where it is, where its bytes come from, who forbids its eviction.
 //
 // Residency is one state, changed only by PageTable::set_state, which checks the transition table in page_table.cpp.
+//
+// On the host there is one tier: `frame` is the frame that is read into and that the address shows. On a device there
+// are two: `frame` is of the device, `host_frame` of the host tier, which reads go through. A page that is on the
+// device may keep its host frame: then it can leave the device without a copy (unless host_stale) and come back without
+// a read.
+//
 // Threads: every access under the lock of Residency. Blocking: never. Errors: none; a wrong transition is an assertion.
 #pragma once
 
@@ -17,9 +23,9 @@ enum class PageState : std::uint8_t {
   absent,       // only its backing has the bytes
   reading,      // a read into its host frame is in flight
   host,         // its host frame has the bytes; no address shows them
-  copying_in,   // on its way from the host frame to the device frame
-  device,       // resident: its address shows the bytes
-  copying_out,  // leaving its address
+  copying_in,   // its way from the host frame to its address is decided on
+  device,       // resident: its address shows the bytes (to a stream: once that has waited for copy_point)
+  copying_out,  // leaving its address; on a device the copy to its host frame is in flight
   writing,      // a write of its (modified) bytes is in flight; the frame is immutable
   failed,       // the last transfer failed; the next access tries again
 };
@@ -41,16 +47,24 @@ struct PageEntry {
   std::uint16_t file = 0;          // index into the transfer's files, for Backing::checkpoint
   std::uint32_t pins = 0;          // acquires not yet released
   std::uint32_t waiters = 0;       // threads that wait for this page
-  FrameId frame;                   // valid from reading to writing
+  FrameId frame;                   // one tier: valid from reading to writing; two: from copying_in to copying_out
+  FrameId host_frame;              // two tiers only: valid from reading to writing, optional on the device
+  bool host_stale = false;         // the device has written since the host frame had the bytes
   std::uint32_t valid_bytes = 0;   // bytes that the backing has; the last page of a file is short
   std::uint32_t generation = 0;    // counts the writebacks, so that a stale page is told from the current one
+  std::uint32_t lead_bytes = 0;    // bytes of the page before the backing's first; of a region's first page only
   std::uint64_t offset_bytes = 0;  // in the checkpoint or in the spill
   std::uint64_t checksum = 0;      // XXH3 of the spilled bytes, mixed with page and generation; kept in RAM only
   std::uint64_t last_use = 0;      // tick of the last release, for least recently used when there is no schedule
+  // Of a device, points of its timelines (event_timeline.hpp): no frame is taken before both are reached.
+  std::uint64_t copy_point = 0;     // the last copy to or from the page
+  std::uint64_t release_point = 0;  // the last release
 };
 
 class PageTable {
  public:
+  explicit PageTable(int tiers = 1) : tiers_(tiers) {}
+  int tiers() const noexcept { return tiers_; }
   void append(const PageEntry& entry);
   std::size_t size() const noexcept { return entries_.size(); }
   PageEntry& at(PageId page);
@@ -60,6 +74,8 @@ class PageTable {
   std::uint64_t resident_count() const noexcept { return resident_count_; }
 
  private:
+  void check_frames(const PageEntry& entry, PageState state) const;
+  int tiers_;
   std::vector<PageEntry> entries_;
   std::uint64_t resident_count_ = 0;
 };

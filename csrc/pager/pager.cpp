@@ -8,14 +8,21 @@
 #include <string>
 
 #include "base/check.hpp"
+#include "device/mapping_cost.hpp"
 #include "io/probe.hpp"
+#include "pager/device_mover.hpp"
 #include "pager/fault_handler.hpp"
+#include "pager/host_mover.hpp"
 
 namespace tp {
 namespace {
 
 constexpr std::size_t kDemandTransfers = 4;  // beside the prefetches in flight
 constexpr unsigned long kMapCountFallback = 65530;
+constexpr std::size_t kDevicePageBytesMax = 32 * kMiB;
+constexpr std::size_t kDeviceFramesWanted = 64;  // a page is no larger than leaves the budget so many
+// What a direct read of a page takes in beyond its two ends.
+constexpr std::size_t kHostSlackBytes = kDirectAlignFallbackBytes;
 
 unsigned long mapping_count_max() {
   std::FILE* file = std::fopen("/proc/sys/vm/max_map_count", "re");
@@ -46,16 +53,34 @@ std::size_t checked_page_bytes(const PagerOptions& options) {
   return options.page_bytes;
 }
 
-ExecutorOptions executor_options(const PagerOptions& options, std::size_t page_bytes, std::size_t frame_count) {
-  ExecutorOptions result;
-  const std::uint64_t wanted = options.inflight_bytes != 0 ? options.inflight_bytes : kInflightBytesDefault;
+std::size_t device_page_bytes(const PagerOptions& options, const CudaDevice& device) {
+  const std::size_t granularity = device.facts().granularity_bytes;
+  if (options.page_bytes != 0) {
+    const std::size_t page_bytes = checked_page_bytes(options);
+    if (page_bytes % granularity == 0) return page_bytes;
+    throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(page_bytes) + "; device '" + device.facts().name +
+                                        "' maps multiples of " + std::to_string(granularity) + " bytes");
+  }
+  std::size_t page_bytes_max = std::max(kPageBytesMin, granularity);
+  while (page_bytes_max < kDevicePageBytesMax && options.budget_bytes / (2 * page_bytes_max) >= kDeviceFramesWanted)
+    page_bytes_max *= 2;
+  return choose_page_bytes(measure_mapping_cost(device, page_bytes_max), measure_link_bandwidth(device));
+}
+
+// host_frames: the frames that transfers go through.
+MoverOptions mover_options(const PagerOptions& options, std::size_t page_bytes, std::size_t frame_bytes,
+                           std::size_t host_frames) {
+  MoverOptions result;
+  const std::uint64_t on_device = std::max<std::uint64_t>(kInflightBytesDefault, kDeviceInflightPages * page_bytes);
+  const std::uint64_t usual = options.device ? on_device : kInflightBytesDefault;
+  const std::uint64_t wanted = options.inflight_bytes != 0 ? options.inflight_bytes : usual;
   const std::size_t transfers =
-      std::clamp<std::size_t>(wanted / page_bytes, 1, std::max<std::size_t>(1, frame_count / 2));
+      std::clamp<std::size_t>(wanted / page_bytes, 1, std::max<std::size_t>(1, host_frames / 2));
   result.inflight_bytes = transfers * page_bytes;
   result.spill_directory = options.spill_directory;
   IoQueueOptions queue_options;
   const std::size_t requests =
-      (transfers + kDemandTransfers) * ((page_bytes + kIoRequestBytesMax - 1) / kIoRequestBytesMax);
+      (transfers + kDemandTransfers) * ((frame_bytes + kIoRequestBytesMax - 1) / kIoRequestBytesMax);
   queue_options.depth = static_cast<unsigned>(std::max<std::size_t>(requests, options.io_depth));
   if (queue_options.depth > kIoDepthMax) {
     throw Error(ErrorKind::invalid, "inflight_bytes and io_depth ask for " + std::to_string(queue_options.depth) +
@@ -71,28 +96,62 @@ ExecutorOptions executor_options(const PagerOptions& options, std::size_t page_b
 }  // namespace
 
 Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) {
-  const std::size_t page_bytes = checked_page_bytes(options);
-  page_bytes_ = page_bytes;
-  frame_count_ = options.budget_bytes / page_bytes;
+  if (options.device) {
+    make_device_tiers(options);
+  } else {
+    make_host_tier(options);
+  }
+  executor_->start();
+  io_facts_ = executor_->io_facts();
+  if (host_space_ != nullptr) attach_fault_handler(*space_, *residency_);
+}
+
+void Pager::make_host_tier(const PagerOptions& options) {
+  page_bytes_ = checked_page_bytes(options);
+  frame_count_ = options.budget_bytes / page_bytes_;
   if (frame_count_ < 2 * kFaultFrames) {
     throw Error(ErrorKind::budget, "the budget of " + std::to_string(options.budget_bytes / kMiB) +
                                        " MiB is too small; at least " +
-                                       std::to_string(2 * kFaultFrames * page_bytes / kMiB) +
-                                       " MiB are needed with pages of " + std::to_string(page_bytes / kMiB) + " MiB");
+                                       std::to_string(2 * kFaultFrames * page_bytes_ / kMiB) +
+                                       " MiB are needed with pages of " + std::to_string(page_bytes_ / kMiB) + " MiB");
   }
-  space_ = std::make_shared<AddressSpace>(page_bytes);
-  pool_ = std::make_unique<FramePool>(options.budget_bytes, page_bytes);
-  residency_ = std::make_unique<Residency>(*space_, pool_->frame_count(), options.event_capacity);
-  executor_ = std::make_unique<Executor>(*residency_, *space_, *pool_,
-                                         executor_options(options, page_bytes, pool_->frame_count()));
-  executor_->start();
-  io_facts_ = executor_->io_facts();
-  attach_fault_handler(*space_, *residency_);
+  auto space = std::make_shared<HostAddressSpace>(page_bytes_);
+  host_space_ = space.get();
+  space_ = std::move(space);
+  pool_ = std::make_unique<FramePool>(options.budget_bytes, page_bytes_);
+  residency_ = std::make_unique<Residency>(*space_, frame_count_, options.event_capacity);
+  executor_ = std::make_unique<Executor>(
+      *residency_,
+      std::make_unique<HostMover>(*residency_, *host_space_, *pool_,
+                                  mover_options(options, page_bytes_, pool_->frame_bytes(), frame_count_)));
+}
+
+void Pager::make_device_tiers(const PagerOptions& options) {
+  const DeviceOptions& wanted = *options.device;
+  const CudaDriver& driver = wanted.driver != nullptr ? *wanted.driver : CudaDriver::system();
+  device_ = std::make_shared<CudaDevice>(driver, wanted.ordinal);
+  device_memory_is_host_memory_ = wanted.memory_is_host_memory;
+  page_bytes_ = device_page_bytes(options, *device_);
+  const std::uint64_t host_bytes = wanted.host_budget_bytes != 0 ? wanted.host_budget_bytes : kHostBudgetDefault;
+  pool_ = std::make_unique<FramePool>(host_bytes, page_bytes_, kHostSlackBytes, device_->facts().host_numa_node);
+  host_budget_bytes_ = pool_->frame_count() * pool_->frame_bytes();
+  auto space = std::make_shared<DeviceAddressSpace>(device_, page_bytes_);
+  device_space_ = space.get();
+  space_ = std::move(space);
+  device_pool_ = std::make_unique<DeviceFramePool>(device_, options.budget_bytes, page_bytes_);
+  frame_count_ = device_pool_->frame_count();
+  copies_ = std::make_unique<CopyQueue>(device_);
+  releases_ = std::make_unique<EventTimeline>(device_);
+  residency_ = std::make_unique<Residency>(*space_, frame_count_, options.event_capacity, 2);
+  executor_ = std::make_unique<Executor>(
+      *residency_, std::make_unique<DeviceMover>(
+                       *residency_, *pool_, DeviceTier{*device_, *device_space_, *device_pool_, *copies_, *releases_},
+                       mover_options(options, page_bytes_, pool_->frame_bytes(), pool_->frame_count())));
 }
 
 Pager::~Pager() {
   close();
-  detach_fault_handler(*residency_);
+  if (host_space_ != nullptr) detach_fault_handler(*residency_);
 }
 
 void Pager::throw_if_unusable() const {
@@ -107,42 +166,49 @@ void Pager::throw_if_unusable() const {
   }
 }
 
-Region Pager::map_file(const std::string& path) {
+Region Pager::map_file(const std::string& path, std::uint64_t aligned_offset_bytes) {
   throw_if_unusable();
   File file = File::open_checkpoint(path, DirectPolicy::optional);
   const std::uint64_t size_bytes = file.size_bytes();
   if (size_bytes == 0) throw Error(ErrorKind::io, path + " is empty", EINVAL);
+  if (device_ != nullptr && file.align_bytes() > kDirectAlignFallbackBytes)
+    file = File::open_checkpoint(path, DirectPolicy::disabled);  // the frames' slack is less than its blocks
+  const std::size_t misaligned = aligned_offset_bytes % kTensorAlignBytes;
+  const std::uint32_t lead_bytes =
+      device_ == nullptr ? 0 : static_cast<std::uint32_t>((kTensorAlignBytes - misaligned) % kTensorAlignBytes);
   const std::lock_guard lock(sets_mutex_);
-  const PageRange pages = space_->reserve((size_bytes + space_->page_bytes() - 1) / space_->page_bytes());
-  const Region region{space_->address(PageId{pages.first}), size_bytes, pages};
+  const PageRange pages = space_->reserve((lead_bytes + size_bytes + page_bytes_ - 1) / page_bytes_);
   std::uint16_t index = 0;
   {
     const std::lock_guard residency_lock(residency_->mutex);
     index = executor_->add_file(std::move(file));
   }
-  append_region_pages(region, Backing::checkpoint, index);
-  return region;
+  append_region_pages(pages, size_bytes, lead_bytes, Backing::checkpoint, index);
+  return {space_->address(PageId{pages.first}) + lead_bytes, size_bytes, pages};
 }
 
 Region Pager::map_spill(std::uint64_t size_bytes) {
   throw_if_unusable();
   if (size_bytes == 0) throw Error(ErrorKind::invalid, "map_spill: size_bytes is 0");
   const std::lock_guard lock(sets_mutex_);
-  const PageRange pages = space_->reserve((size_bytes + space_->page_bytes() - 1) / space_->page_bytes());
-  const Region region{space_->address(PageId{pages.first}), size_bytes, pages};
-  append_region_pages(region, Backing::zero, 0);
-  return region;
+  const PageRange pages = space_->reserve((size_bytes + page_bytes_ - 1) / page_bytes_);
+  append_region_pages(pages, size_bytes, 0, Backing::zero, 0);
+  return {space_->address(PageId{pages.first}), size_bytes, pages};
 }
 
-void Pager::append_region_pages(const Region& region, Backing backing, std::uint16_t file) {
-  std::vector<PageEntry> entries(region.pages.count);
+void Pager::append_region_pages(PageRange pages, std::uint64_t size_bytes, std::uint32_t lead_bytes, Backing backing,
+                                std::uint16_t file) {
+  std::vector<PageEntry> entries(pages.count);
+  std::uint64_t offset_bytes = 0;  // in the backing
   for (std::size_t i = 0; i < entries.size(); ++i) {
-    const std::uint64_t offset = i * space_->page_bytes();
-    entries[i].backing = backing;
-    entries[i].file = file;
-    entries[i].offset_bytes = offset;
-    entries[i].valid_bytes =
-        static_cast<std::uint32_t>(std::min<std::uint64_t>(space_->page_bytes(), region.size_bytes - offset));
+    PageEntry& entry = entries[i];
+    entry.backing = backing;
+    entry.file = file;
+    entry.lead_bytes = i == 0 ? lead_bytes : 0;
+    entry.offset_bytes = offset_bytes;
+    entry.valid_bytes =
+        static_cast<std::uint32_t>(std::min<std::uint64_t>(page_bytes_ - entry.lead_bytes, size_bytes - offset_bytes));
+    offset_bytes += entry.valid_bytes;
   }
   residency_->append_pages(entries);
 }
@@ -181,25 +247,65 @@ SetId Pager::add_set(const std::vector<AddressRange>& ranges, const std::string&
 
 const PageSet& Pager::set(SetId id) const { return residency_->set(id); }
 
-void Pager::acquire(SetId id, const Residency::Interrupted& interrupted) {
+void Pager::make_stream_wait(cuda::Stream stream, std::uint64_t copy_point) {
+  if (copy_point <= copies_->arrivals().reached()) return;
+  const CudaDevice::Current current(*device_);
+  copies_->arrivals().wait(stream, copy_point);
+}
+
+// 0 on the host.
+std::uint64_t Pager::release_point(cuda::Stream stream) {
+  if (device_ == nullptr) return 0;
+  const CudaDevice::Current current(*device_);
+  return releases_->record(stream);
+}
+
+void Pager::acquire(SetId id, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
   if (!recorder_.off()) {
     recorder_.acquired(id);
     if (recorder_.dry()) return;
   }
-  residency_->acquire(id, AcquireKind::step, interrupted);
+  const std::uint64_t copy_point = residency_->acquire(id, AcquireKind::step, interrupted);
+  if (device_ == nullptr) return;
+  try {
+    make_stream_wait(stream, copy_point);
+  } catch (...) {
+    residency_->release(id);
+    throw;
+  }
 }
 
-void Pager::release(SetId id) {
+void Pager::release(SetId id, cuda::Stream stream) {
   if (!recorder_.off()) {
     recorder_.released(id);
     if (recorder_.dry()) return;
   }
   if (fork_generation() != fork_generation_) return;  // an acquire of the parent's, nothing to give back here
-  residency_->release(id);
+  std::uint64_t point = 0;
+  try {
+    if (!closed_.load(std::memory_order_relaxed)) point = release_point(stream);
+  } catch (...) {
+    residency_->release(id);  // the device is lost, and with it whatever this waits for
+    throw;
+  }
+  residency_->release(id, point);
 }
 
-std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted) {
+void Pager::synchronize(cuda::Stream stream) {
+  throw_if_unusable();
+  if (device_ == nullptr) return;
+  const CudaDevice::Current current(*device_);
+  device_->driver().cuStreamSynchronize(stream);
+}
+
+void Pager::mark_written(SetId id) {
+  throw_if_unusable();
+  if (!recorder_.off() && recorder_.dry()) return;
+  residency_->mark_written(id);
+}
+
+std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
   SetId id;
   std::size_t page_count = 0;
@@ -226,8 +332,15 @@ std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupte
     recorder_.acquired(id);
     if (recorder_.dry()) return id;
   }
-  if (!residency_->try_fit(page_count)) return std::nullopt;
-  residency_->acquire(id, AcquireKind::stray, interrupted);
+  if (device_ == nullptr && !residency_->try_fit(page_count)) return std::nullopt;
+  const std::uint64_t copy_point = residency_->acquire(id, AcquireKind::stray, interrupted);
+  if (device_ == nullptr) return id;
+  try {
+    make_stream_wait(stream, copy_point);
+  } catch (...) {
+    residency_->release(id);
+    throw;
+  }
   return id;
 }
 
@@ -235,6 +348,13 @@ std::unique_ptr<Ticket> Pager::prefetch(SetId id) {
   throw_if_unusable();
   return std::make_unique<Ticket>(*residency_, id);
 }
+
+void Pager::wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda::Stream stream) {
+  const std::uint64_t copy_point = ticket.wait(interrupted);
+  if (device_ != nullptr) make_stream_wait(stream, copy_point);
+}
+
+void Pager::release(Ticket& ticket, cuda::Stream stream) { ticket.release(release_point(stream)); }
 
 void Pager::begin_pass() {
   throw_if_unusable();
@@ -280,7 +400,13 @@ void Pager::reset_statistics() {
 
 std::uint64_t Pager::bytes_in_use_max() const {
   const std::lock_guard lock(close_mutex_);
-  return pool_ ? pool_->bytes_in_use_max() : bytes_in_use_max_at_close_;
+  if (device_pool_) return device_pool_->bytes_in_use_max();
+  return pool_ && device_ == nullptr ? pool_->bytes_in_use_max() : bytes_in_use_max_at_close_;
+}
+
+std::uint64_t Pager::host_bytes_in_use_max() const {
+  const std::lock_guard lock(close_mutex_);
+  return pool_ && device_ != nullptr ? pool_->bytes_in_use_max() : host_bytes_in_use_max_at_close_;
 }
 
 std::uint64_t Pager::spill_bytes() const {
@@ -296,16 +422,39 @@ void Pager::close() noexcept {
     executor_->abandon();
     static_cast<void>(executor_.release());
     static_cast<void>(pool_.release());
+    static_cast<void>(device_pool_.release());
+    static_cast<void>(copies_.release());
+    static_cast<void>(releases_.release());
     return;
   }
   executor_->stop();
   io_counters_at_close_ = executor_->io_counters();
-  bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
   spill_bytes_at_close_ = executor_->spill_bytes();
+  if (device_ != nullptr) {
+    close_device();
+    return;
+  }
+  bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
   retire_fault_handler(*residency_);
-  space_->discard();
+  host_space_->discard();
   // The ring goes before the memory it may have registered. Residency stays: late callers get Error(closed) from it.
   executor_.reset();
+  pool_.reset();
+}
+
+void Pager::close_device() noexcept {
+  bytes_in_use_max_at_close_ = device_pool_->bytes_in_use_max();
+  host_bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
+  // After a lost context every call fails, and what it would free is gone with the context: no result is looked at.
+  try {
+    const CudaDevice::Current current(*device_);
+    device_space_->discard();
+    executor_.reset();
+    device_pool_.reset();
+  } catch (const Error&) {
+    executor_.reset();
+    device_pool_.reset();
+  }
   pool_.reset();
 }
 

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The core's front door: one address space, one budget of frames, one executor.
+// The core's front door: one address space, one budget of frames, one executor. On the host, or on a device, which has
+// a host tier beneath it.
+//
+// Streams. On a device acquire() returns once the copies are issued; what the caller's stream gets after that starts
+// when they are done. release() marks the stream: frames are taken once it has come so far. Nothing waits for the
+// device. What the device writes to is told by mark_written(). On the host streams mean nothing.
 //
 // Threads: every method from any thread. Blocking: acquire, hold and close wait for I/O; the constructor allocates and
 // populates the budget. Ownership: the address space outlives the pager for as long as a tensor over it does (space());
@@ -18,8 +23,11 @@
 #include <utility>
 #include <vector>
 
-#include "mem/address_space.hpp"
+#include "device/copy_queue.hpp"
+#include "mem/device_address_space.hpp"
+#include "mem/device_frame_pool.hpp"
 #include "mem/frame_pool.hpp"
+#include "mem/host_address_space.hpp"
 #include "pager/executor.hpp"
 #include "pager/recorder.hpp"
 #include "pager/residency.hpp"
@@ -27,9 +35,17 @@
 
 namespace tp {
 
+struct DeviceOptions {
+  const CudaDriver* driver = nullptr;
+  int ordinal = 0;
+  std::uint64_t host_budget_bytes = 0;  // of the host tier beneath; 0: kHostBudgetDefault
+  bool memory_is_host_memory = false;   // of a stand-in for the driver
+};
+
 struct PagerOptions {
-  std::uint64_t budget_bytes = 0;
-  std::size_t page_bytes = 0;  // 0: chosen from the budget
+  std::uint64_t budget_bytes = 0;       // of the upper tier: the host's, or the device's where there is one
+  std::optional<DeviceOptions> device;  // none: on the host
+  std::size_t page_bytes = 0;           // 0: chosen from the budget
   std::string engine = "auto";
   unsigned io_depth = 0;             // requests; 0: what inflight_bytes needs
   std::uint64_t inflight_bytes = 0;  // of prefetch; 0: kInflightBytesDefault
@@ -56,20 +72,26 @@ class Pager {
   Pager(const Pager&) = delete;
   Pager& operator=(const Pager&) = delete;
 
-  Region map_file(const std::string& path);    // Error(io)
+  // aligned_offset_bytes: on a device the region is shifted so that this byte of the file lies at a multiple of
+  // kTensorAlignBytes. Region::address is where the file's first byte is. Error(io).
+  Region map_file(const std::string& path, std::uint64_t aligned_offset_bytes = 0);
   Region map_spill(std::uint64_t size_bytes);  // Error(memory), Error(invalid)
   const std::shared_ptr<AddressSpace>& space() const noexcept { return space_; }
 
   SetId add_set(const std::vector<AddressRange>& ranges, const std::string& name);  // Error(invalid)
   const PageSet& set(SetId id) const;
 
-  void acquire(SetId id, const Residency::Interrupted& interrupted);
-  void release(SetId id);
+  void acquire(SetId id, const Residency::Interrupted& interrupted, cuda::Stream stream = nullptr);
+  void release(SetId id, cuda::Stream stream = nullptr);
+  void mark_written(SetId id);  // between acquire and release; Error(invalid)
   // acquire() for a byte range outside of any step. Nothing when it is more than the budget can hold: then pages come
-  // in as they are touched.
-  std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted);
+  // in as they are touched; a device can't do that, and it is Error(budget).
+  std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted,
+                            cuda::Stream stream = nullptr);
   // acquire() that does not wait: the ticket holds the pages and tells when they are there.
   std::unique_ptr<Ticket> prefetch(SetId id);
+  void wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda::Stream stream = nullptr);
+  void release(Ticket& ticket, cuda::Stream stream = nullptr);
   void begin_pass();
 
   Recorder& recorder() noexcept { return recorder_; }
@@ -86,26 +108,48 @@ class Pager {
   void reset_statistics();
   std::uint64_t spill_bytes() const;
   std::uint64_t bytes_in_use_max() const;
+  const CudaDevice* device() const noexcept { return device_.get(); }  // null on the host
+  bool device_memory_is_host_memory() const noexcept { return device_memory_is_host_memory_; }
+  // Waits until the stream has done all it holds. Nothing on the host.
+  void synchronize(cuda::Stream stream);
+  std::uint64_t host_budget_bytes() const noexcept { return host_budget_bytes_; }  // of the tier beneath a device
+  std::uint64_t host_bytes_in_use_max() const;
+  std::uint64_t bytes_to_device() const noexcept { return copies_ ? copies_->bytes_to_device() : 0; }
+  std::uint64_t bytes_to_host() const noexcept { return copies_ ? copies_->bytes_to_host() : 0; }
   bool closed() const noexcept { return closed_.load(); }
   void close() noexcept;
 
  private:
+  void make_host_tier(const PagerOptions& options);
+  void make_device_tiers(const PagerOptions& options);
+  void make_stream_wait(cuda::Stream stream, std::uint64_t copy_point);
+  std::uint64_t release_point(cuda::Stream stream);
+  void close_device() noexcept;
   void throw_if_unusable() const;
   std::vector<PageId> pages_of(const std::vector<AddressRange>& ranges) const;
-  void append_region_pages(const Region& region, Backing backing, std::uint16_t file);
+  void append_region_pages(PageRange pages, std::uint64_t size_bytes, std::uint32_t lead_bytes, Backing backing,
+                           std::uint16_t file);
   SetId intern_set(std::vector<PageId> pages, const std::string& name);
 
   unsigned fork_generation_;
   std::size_t page_bytes_ = 0;
   std::size_t frame_count_ = 0;
+  std::uint64_t host_budget_bytes_ = 0;
+  bool device_memory_is_host_memory_ = false;
+  std::shared_ptr<CudaDevice> device_;
   std::shared_ptr<AddressSpace> space_;
+  HostAddressSpace* host_space_ = nullptr;  // space_, or
+  DeviceAddressSpace* device_space_ = nullptr;
   std::unique_ptr<FramePool> pool_;
+  std::unique_ptr<DeviceFramePool> device_pool_;
+  std::unique_ptr<CopyQueue> copies_;
+  std::unique_ptr<EventTimeline> releases_;
   std::unique_ptr<Residency> residency_;
   std::unique_ptr<Executor> executor_;
   IoQueueFacts io_facts_;
   IoQueueCounters all_io_counters() const;  // with close_mutex_ held
   IoQueueCounters io_counters_at_close_, io_counters_at_reset_;
-  std::uint64_t bytes_in_use_max_at_close_ = 0, spill_bytes_at_close_ = 0;
+  std::uint64_t bytes_in_use_max_at_close_ = 0, host_bytes_in_use_max_at_close_ = 0, spill_bytes_at_close_ = 0;
   Recorder recorder_;
   mutable std::mutex sets_mutex_;  // sets are made by one thread at a time; never held while waiting
   std::map<std::vector<PageId>, SetId> set_by_pages_;
@@ -119,5 +163,11 @@ class Pager {
 // of fio's bandwidth for 0.057, 0.038, 0.027, 0.026 CPU-s/GiB. More in flight means fewer wakes; a fault may queue
 // behind all of it (10 ms at 3 GiB/s).
 inline constexpr std::uint64_t kInflightBytesDefault = 32 * kMiB;
+
+// On a device: pages in flight at each stage. Four keep the link busy while one is looked at every kDevicePoll.
+inline constexpr std::size_t kDeviceInflightPages = 4;
+inline constexpr std::uint64_t kHostBudgetDefault = 1 * kGiB;
+// What torch's allocators give, and its vectorised kernels ask for.
+inline constexpr std::size_t kTensorAlignBytes = 256;
 
 }  // namespace tp

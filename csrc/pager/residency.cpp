@@ -35,9 +35,14 @@ std::string mebibytes(std::uint64_t bytes) { return std::to_string((bytes + kMiB
 
 }  // namespace
 
-Residency::Residency(AddressSpace& space, std::size_t frame_count, std::size_t event_capacity)
-    : frame_page(frame_count), space_(space), frame_count_(frame_count), ring_(event_capacity) {
-  TP_CHECK(frame_count > kFaultFrames);
+Residency::Residency(AddressSpace& space, std::size_t frame_count, std::size_t event_capacity, int tiers)
+    : table(tiers),
+      frame_page(frame_count),
+      space_(space),
+      frame_count_(frame_count),
+      fault_frames_(tiers == 1 ? kFaultFrames : 0),
+      ring_(event_capacity) {
+  TP_CHECK(frame_count > fault_frames_);
 }
 
 // ---------------------------------------------------------------- clients
@@ -78,7 +83,7 @@ void Residency::pin_all(const PageSet& set) {
   for (const PageId page : set.pages) newly_pinned += table.at(page).pins == 0;
   if (pinned_pages_ + newly_pinned > pinnable_pages()) {
     const std::uint64_t page_bytes = space_.page_bytes();
-    const std::uint64_t needed = (pinned_pages_ + newly_pinned + kFaultFrames) * page_bytes;
+    const std::uint64_t needed = (pinned_pages_ + newly_pinned + fault_frames_) * page_bytes;
     throw Error(
         ErrorKind::budget,
         "step '" + set.name + "' needs " + mebibytes(set.pages.size() * page_bytes) + " resident at once" +
@@ -95,17 +100,25 @@ void Residency::pin_all(const PageSet& set) {
   counts.pinned_pages_max = std::max<std::uint64_t>(counts.pinned_pages_max, pinned_pages_);
 }
 
-void Residency::unpin_all(const PageSet& set) {
+void Residency::unpin_all(const PageSet& set, std::uint64_t release_point) {
   ++tick_;
   for (const PageId page : set.pages) {
     PageEntry& entry = table.at(page);
     TP_CHECK(entry.pins > 0);
     entry.last_use = tick_;
+    entry.release_point = std::max(entry.release_point, release_point);
     if (--entry.pins == 0) --pinned_pages_;
   }
 }
 
-void Residency::acquire(SetId id, AcquireKind kind, const Interrupted& interrupted) {
+std::uint64_t Residency::copy_point(const PageSet& set) const {
+  std::uint64_t point = 0;
+  if (table.tiers() == 1) return point;
+  for (const PageId page : set.pages) point = std::max(point, table.at(page).copy_point);
+  return point;
+}
+
+std::uint64_t Residency::acquire(SetId id, AcquireKind kind, const Interrupted& interrupted) {
   std::unique_lock lock(mutex);
   throw_if_closing();
   if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
@@ -135,6 +148,28 @@ void Residency::acquire(SetId id, AcquireKind kind, const Interrupted& interrupt
   }
   ring_.add(EventKind::acquire_end, -1, -1, step.value_or(-1), static_cast<std::int32_t>(id.value));
   wake_if_hungry();
+  return copy_point(set);
+}
+
+void Residency::mark_written(SetId id) {
+  const std::lock_guard lock(mutex);
+  throw_if_closing();
+  if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
+  for (const PageId page : sets_[id.value]->pages) {
+    PageEntry& entry = table.at(page);
+    if (entry.pins == 0 || entry.state != PageState::device) {
+      throw Error(ErrorKind::invalid, "mark_written of set '" + sets_[id.value]->name +
+                                          "', which is not acquired: pages are written to between acquire and release");
+    }
+  }
+  for (const PageId page : sets_[id.value]->pages) {
+    PageEntry& entry = table.at(page);
+    if (!entry.dirty) space_.allow_write(page);
+    entry.dirty = true;
+    if (!entry.host_frame.valid() || entry.host_stale) continue;
+    entry.host_stale = true;
+    stale_host_pages.push_back(page);
+  }
 }
 
 void Residency::enlist(Waiter& waiter) {
@@ -188,29 +223,32 @@ void Residency::begin_ticket(SetId id, Waiter& waiter) {
   }
 }
 
-void Residency::finish_ticket(Waiter& waiter, const Interrupted& interrupted) {
+std::uint64_t Residency::finish_ticket(SetId id, Waiter& waiter, const Interrupted& interrupted) {
   std::unique_lock lock(mutex);
-  if (waiter.outcome.load(std::memory_order_acquire) == kResident) return;
+  TP_CHECK(id.value < sets_.size());
+  const PageSet& set = *sets_[id.value];
+  if (waiter.outcome.load(std::memory_order_acquire) == kResident) return copy_point(set);
   if (waiter.prefetch && waiter.outcome.load(std::memory_order_acquire) == kWaiting) {
     waiter.prefetch = false;  // somebody waits now: it is demand
     wake();
   }
   await(waiter, lock, interrupted);
+  return copy_point(set);
 }
 
-void Residency::end_ticket(SetId id, Waiter& waiter) noexcept {
+void Residency::end_ticket(SetId id, Waiter& waiter, std::uint64_t release_point) noexcept {
   const std::lock_guard lock(mutex);
   TP_CHECK(id.value < sets_.size());
   if (waiter.outcome.load(std::memory_order_acquire) == kWaiting) unlink(waiter);
-  unpin_all(*sets_[id.value]);
+  unpin_all(*sets_[id.value], release_point);
   wake_if_hungry();
 }
 
-void Residency::release(SetId id) {
+void Residency::release(SetId id, std::uint64_t release_point) {
   const std::lock_guard lock(mutex);
   if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
   const PageSet& set = *sets_[id.value];
-  unpin_all(set);
+  unpin_all(set, release_point);
   ++counts.releases;
   ring_.add(EventKind::release, -1, -1, event_step_, static_cast<std::int32_t>(id.value));
   wake_if_hungry();
@@ -408,7 +446,7 @@ PageId Residency::choose_victim(std::int64_t used_after, bool clean_only) const 
   for (const PageId page : frame_page) {
     if (!page.valid()) continue;
     const PageEntry& entry = table.at(page);
-    if (entry.state != PageState::device || entry.pins > 0 || (clean_only && entry.dirty)) continue;
+    if (entry.state != PageState::device || entry.pins > 0 || (clean_only && entry.dirty) || !quiet(entry)) continue;
     const std::optional<std::int64_t> rank = eviction_rank(page, used_after);
     if (rank && (!best.valid() || *rank > best_rank)) {
       best = page;

@@ -34,8 +34,8 @@
 
 namespace tp {
 
-// Frames that no pin may take, so that a stray access always finds room: one instruction can touch two addresses, each
-// across a page border.
+// Frames that no pin may take on the host, so that a stray access always finds room: one instruction can touch two
+// addresses, each across a page border. On a device nothing faults, and pins may take every frame.
 inline constexpr std::size_t kFaultFrames = 4;
 
 struct PageSet {
@@ -51,6 +51,9 @@ struct Counters {
   std::uint64_t prefetches = 0;              // of these, by the schedule
   std::uint64_t faults = 0;                  // of these, on demand
   std::uint64_t zero_fills = 0;              // of these, without I/O
+  std::uint64_t host_hits = 0;               // of these, from the host tier of a device, without a read
+  std::uint64_t reads = 0;                   // pages read into the host tier of a device
+  std::uint64_t copies_out = 0;              // pages copied from a device to its host tier
   std::uint64_t evictions = 0;
   std::uint64_t writebacks = 0;
   std::uint64_t stalls = 0;  // acquires and touches that had to wait
@@ -74,23 +77,33 @@ struct Waiter {
   Waiter* next = nullptr;
 };
 
+// How far a device's timelines are, as last seen by the executor.
+struct ReachedPoints {
+  std::uint64_t copies_in = 0, copies_out = 0, releases = 0;
+};
+
 class Residency {
  public:
   using Interrupted = std::function<void()>;  // throws to stop the wait
 
-  Residency(AddressSpace& space, std::size_t frame_count, std::size_t event_capacity);
+  // tiers: 1 on the host, 2 on a device. frame_count: of the upper tier.
+  Residency(AddressSpace& space, std::size_t frame_count, std::size_t event_capacity, int tiers = 1);
 
   // -- clients
   void append_pages(std::span<const PageEntry> entries);
   SetId add_set(std::string name, std::vector<PageId> pages);
   const PageSet& set(SetId id) const;  // stays valid
   std::size_t set_count() const;
-  void acquire(SetId id, AcquireKind kind, const Interrupted& interrupted);
-  void release(SetId id);
+  // The point of the copies to the device behind which all pages are there; 0 on the host.
+  std::uint64_t acquire(SetId id, AcquireKind kind, const Interrupted& interrupted);
+  // release_point: what the device has to reach before a frame of these pages may be taken.
+  void release(SetId id, std::uint64_t release_point = 0);
+  // The device writes to the pages, which are acquired.
+  void mark_written(SetId id);
   // The three moments of a Ticket. end_ticket takes the waiter off the list if it still waits.
   void begin_ticket(SetId id, Waiter& waiter);
-  void finish_ticket(Waiter& waiter, const Interrupted& interrupted);
-  void end_ticket(SetId id, Waiter& waiter) noexcept;
+  std::uint64_t finish_ticket(SetId id, Waiter& waiter, const Interrupted& interrupted);  // as acquire
+  void end_ticket(SetId id, Waiter& waiter, std::uint64_t release_point) noexcept;
   bool try_fit(std::size_t page_count) const;  // could so many pages be pinned now?
   // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
   bool touch(PageId page, bool write, const char** reason) noexcept;
@@ -102,7 +115,7 @@ class Residency {
   void reset_statistics();
   std::vector<std::uint8_t> page_states() const;
   std::size_t pinned_pages() const;
-  std::size_t pinnable_pages() const noexcept { return frame_count_ - kFaultFrames; }
+  std::size_t pinnable_pages() const noexcept { return frame_count_ - fault_frames_; }
   void tape_counters(std::int64_t& position, std::uint64_t& jumps, std::uint64_t& off_schedule) const;
 
   // ---- the executor's side: call with `mutex` held ----
@@ -111,7 +124,9 @@ class Residency {
   Counters counts;
   std::unique_ptr<Tape> tape;
   std::vector<PageId> frame_page;  // by frame: the page that is resident in it, or invalid
-  Waiter* waiters = nullptr;       // first come, first served
+  ReachedPoints reached;
+  std::vector<PageId> stale_host_pages;  // written on the device while they had a host frame
+  Waiter* waiters = nullptr;             // first come, first served
   bool closing = false;
   std::optional<Error> poison;  // the executor met an error it can't undo: every later access gets it
   bool hungry = false;          // the executor could start the next action if its victim were released
@@ -119,6 +134,10 @@ class Residency {
   void set_waker(IoQueue* queue) noexcept { waker_.store(queue); }
   void wake() noexcept;
   void record(EventKind kind, PageId page, FrameId frame);
+  // Nothing on the device uses the page's frames any more.
+  bool quiet(const PageEntry& entry) const noexcept {
+    return entry.copy_point <= reached.copies_in && entry.release_point <= reached.releases;
+  }
   void page_arrived(PageId page, FrameId frame);
   void page_failed(PageId page, const Error& error);
   void fail_all_waiters(const Error& error);
@@ -132,7 +151,8 @@ class Residency {
   std::optional<std::int64_t> eviction_rank(PageId page, std::int64_t used_after) const;
   void throw_if_closing() const;
   void pin_all(const PageSet& set);
-  void unpin_all(const PageSet& set);
+  void unpin_all(const PageSet& set, std::uint64_t release_point = 0);
+  std::uint64_t copy_point(const PageSet& set) const;
   void enlist(Waiter& waiter);
   void wait(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted);
   void await(Waiter& waiter, std::unique_lock<std::mutex>& lock, const Interrupted& interrupted);
@@ -142,6 +162,7 @@ class Residency {
 
   AddressSpace& space_;
   std::size_t frame_count_;
+  std::size_t fault_frames_;
   std::vector<std::unique_ptr<PageSet>> sets_;
   EventRing ring_;
   std::size_t pinned_pages_ = 0;

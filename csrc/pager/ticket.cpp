@@ -11,10 +11,10 @@ Ticket::Ticket(Residency& residency, SetId set) : residency_(residency), set_(se
   TP_CHECK(!waiter_.pages.empty() || done());
 }
 
-void Ticket::release() noexcept {
+void Ticket::release(std::uint64_t release_point) noexcept {
   if (released_) return;
   released_ = true;
-  residency_.end_ticket(set_, waiter_);
+  residency_.end_ticket(set_, waiter_, release_point);
 }
 
 }  // namespace tp

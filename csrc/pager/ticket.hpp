@@ -18,8 +18,12 @@ class Ticket {
   Ticket& operator=(const Ticket&) = delete;
 
   bool done() const noexcept { return waiter_.outcome.load(std::memory_order_acquire) != 0; }
-  void wait(const Residency::Interrupted& interrupted) { residency_.finish_ticket(waiter_, interrupted); }
-  void release() noexcept;  // idempotent; transfers in flight go on
+  // As Residency::acquire: the point of the copies, on a device.
+  std::uint64_t wait(const Residency::Interrupted& interrupted) {
+    return residency_.finish_ticket(set_, waiter_, interrupted);
+  }
+  // Idempotent; transfers in flight go on. release_point as in Residency::release.
+  void release(std::uint64_t release_point = 0) noexcept;
 
  private:
   Residency& residency_;

@@ -27,7 +27,7 @@ TransferQueue::TransferQueue(std::unique_ptr<IoQueue> queue, FramePool& pool)
     : queue_(std::move(queue)),
       pool_(pool),
       requests_per_page_(
-          static_cast<std::uint32_t>((pool.page_bytes() + kIoRequestBytesMax - 1) / kIoRequestBytesMax)) {
+          static_cast<std::uint32_t>((pool.frame_bytes() + kIoRequestBytesMax - 1) / kIoRequestBytesMax)) {
   TP_CHECK(queue_ != nullptr && queue_->depth() >= requests_per_page_);
   queue_->register_memory(pool.memory());
   // Registered memory is reached by its physical pages; any other through the process's own mapping.
@@ -54,7 +54,7 @@ FileId TransferQueue::io_file(const File& file) {
 }
 
 void TransferQueue::start_page_in(PageId page, FrameId frame, const PageSource& source) {
-  TP_CHECK(page.valid() && source.valid_bytes <= pool_.page_bytes());
+  TP_CHECK(page.valid() && source.valid_bytes <= pool_.frame_bytes());
   const std::size_t index = take_slot();
   slots_[index] = Slot{TransferKind::page_in, page, frame, source, 0, 0, 0, false};
   if (source.backing == Backing::zero) {
@@ -64,7 +64,7 @@ void TransferQueue::start_page_in(PageId page, FrameId frame, const PageSource& 
   TP_CHECK(source.file != nullptr && source.valid_bytes > 0);
   // Direct I/O reads whole blocks: the last page asks for more than the file has and gets what is there.
   const std::uint32_t size = std::min(round_up(source.valid_bytes, source.file->align_bytes()),
-                                      static_cast<std::uint32_t>(pool_.page_bytes()));
+                                      static_cast<std::uint32_t>(pool_.frame_bytes()));
   if (pool_.access(frame) != slot_access_ && pool_.access(frame) != SlotAccess::read_write)
     pool_.set_access(frame, slot_access_);
   submit_requests(index, IoOp::read, *source.file, source.offset_bytes, size);

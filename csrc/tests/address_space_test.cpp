@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "mem/address_space.hpp"
+#include "mem/host_address_space.hpp"
 
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -16,7 +16,7 @@ namespace {
 
 class AddressSpaceTest : public testing::Test {
  protected:
-  AddressSpace space{kPageBytesMin};
+  HostAddressSpace space{kPageBytesMin};
   FramePool pool{8 * kMiB, kPageBytesMin};
 
   FrameId filled(int value) {

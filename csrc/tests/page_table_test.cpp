@@ -38,8 +38,9 @@ TEST(PageTable, allows_exactly_the_transitions_of_the_life_of_a_page) {
       {PageState::host, PageState::writing},       {PageState::host, PageState::failed},
       {PageState::copying_in, PageState::device},  {PageState::copying_in, PageState::failed},
       {PageState::device, PageState::copying_out}, {PageState::copying_out, PageState::host},
-      {PageState::writing, PageState::absent},     {PageState::writing, PageState::host},
-      {PageState::failed, PageState::absent}};
+      {PageState::absent, PageState::copying_in},  {PageState::device, PageState::absent},
+      {PageState::device, PageState::host},        {PageState::writing, PageState::absent},
+      {PageState::writing, PageState::host},       {PageState::failed, PageState::absent}};
   std::size_t count = 0;
   for (std::size_t from = 0; from < kPageStateCount; ++from) {
     for (std::size_t to = 0; to < kPageStateCount; ++to) {
@@ -63,6 +64,25 @@ TEST(PageTable, refuses_a_skipped_state_a_missing_frame_and_the_eviction_of_a_pi
   table.set_state(kPage, PageState::device);
   table.at(kPage).pins = 1;
   EXPECT_DEATH(table.set_state(kPage, PageState::copying_out), "assertion failed");
+}
+
+TEST(PageTable, of_two_tiers_checks_both_frames) {
+  PageTable table(2);
+  table.append(PageEntry{});
+  PageEntry& entry = table.at(kPage);
+  EXPECT_DEATH(table.set_state(kPage, PageState::reading), "assertion failed");  // without a host frame
+  entry.host_frame = FrameId{1};
+  table.set_state(kPage, PageState::reading);
+  table.set_state(kPage, PageState::host);
+  EXPECT_DEATH(table.set_state(kPage, PageState::copying_in), "assertion failed");  // without a device frame
+  entry.frame = FrameId{0};
+  table.set_state(kPage, PageState::copying_in);
+  table.set_state(kPage, PageState::device);
+  EXPECT_DEATH(table.set_state(kPage, PageState::absent), "assertion failed");  // with both
+  entry.frame = FrameId{};
+  table.set_state(kPage, PageState::host);
+  entry.host_frame = FrameId{};
+  table.set_state(kPage, PageState::absent);
 }
 
 TEST(PageTable, every_state_has_a_name) {

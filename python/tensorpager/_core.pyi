@@ -66,11 +66,11 @@ class Ticket:
     """
     An acquire under way. It holds its pages until release() or its end.
     """
-    def release(self) -> None:
+    def release(self, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Let the pages go. Idempotent.
         """
-    def wait(self) -> None:
+    def wait(self, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         Wait until every page is resident. IoError, BudgetError, ClosedError, KeyboardInterrupt.
         """
@@ -94,13 +94,18 @@ class Pager:
         inflight_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
         spill_directory: str = "",
         event_capacity: typing.SupportsInt | typing.SupportsIndex = 65536,
+        device: typing.SupportsInt | typing.SupportsIndex = -1,
+        host_budget_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
+        driver_library: str = "",
     ) -> None:
         """
-        Allocates budget_bytes // page_bytes frames at once. BudgetError, MemoryMapError, EngineError, ValueError.
+        Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
         """
-    def acquire(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def acquire(
+        self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None:
         """
-        Wait until every page of the set is resident and forbid eviction until release(). Counted. Raises BudgetError, IoError, ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.
+        Wait until every page of the set is resident and forbid eviction until release(). Counted. On a device: until the copies are issued, and the stream (a raw handle) waits for them. Raises BudgetError, IoError, DeviceError, ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.
         """
     def add_set(
         self,
@@ -127,18 +132,25 @@ class Pager:
         The last events, oldest first; see EVENT_KINDS.
         """
     def hold(
-        self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        size_bytes: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> int:
         """
-        acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then nothing is pinned and every page comes in as it is touched.
+        acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then nothing is pinned and every page comes in as it is touched, which a device can't do: BudgetError.
         """
-    def map_file(self, path: str) -> Region:
+    def map_file(self, path: str, aligned_offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> Region:
         """
-        Reserve addresses for a file, read-only: byte i is at Region.address + i. IoError.
+        Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at aligned_offset_bytes lies at a multiple of 256. IoError.
         """
     def map_spill(self, size_bytes: typing.SupportsInt | typing.SupportsIndex) -> Region:
         """
         Reserve addresses for new bytes, zero until written.
+        """
+    def mark_written(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The device writes to the pages of the set, which is acquired. ValueError if it is not.
         """
     def page_states(self) -> numpy.typing.NDArray[numpy.uint8]:
         """
@@ -156,7 +168,12 @@ class Pager:
         """
         Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.
         """
-    def release(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def release(
+        self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
+    ) -> None:
+        """
+        Let the pages go: on a device, once the stream has done all it holds now.
+        """
     def reset_stats(self) -> None: ...
     def set_name(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> str: ...
     def set_pages(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.int32]:
@@ -180,6 +197,10 @@ class Pager:
         """
         Counters since the start or reset_stats().
         """
+    def synchronize(self, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        Wait until the stream has done all it holds; nothing on the host.
+        """
     def tensor(
         self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
     ) -> typing_extensions.CapsuleType:
@@ -190,6 +211,16 @@ class Pager:
     def budget_bytes(self) -> int: ...
     @property
     def closed(self) -> bool: ...
+    @property
+    def device(self) -> int:
+        """
+        Number of the CUDA device, -1 on the host.
+        """
+    @property
+    def device_memory_is_host_memory(self) -> bool:
+        """
+        With a stand-in for the driver: tensors are the CPU's.
+        """
     @property
     def frame_count(self) -> int: ...
     @property

@@ -37,6 +37,10 @@ EVENT_KINDS = (
     "stall_begin",
     "stall_end",
     "fault",
+    "read_begin",
+    "read_end",
+    "copy_out_begin",
+    "copy_out_end",
 )
 
 Events = npt.NDArray[np.void]
@@ -107,7 +111,7 @@ class _TraceBuilder:
 
     def add(self, kind: str, time_ns: int, page: int, frame: int, step: int, set_id: int, thread: int) -> None:
         what, _, edge = kind.rpartition("_")
-        if what in ("page_in", "writeback"):
+        if what in ("page_in", "writeback", "read", "copy_out"):
             if edge == "begin":
                 self._open_transfers[what, page] = time_ns
             elif (begin := self._open_transfers.pop((what, page), None)) is not None:

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pager/page_mover.hpp"
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+#include "base/check.hpp"
+
+namespace tp {
+
+PageMover::PageMover(Residency& residency, FramePool& host_pool, MoverOptions options)
+    : residency_(residency),
+      host_pool_(host_pool),
+      options_(std::move(options)),
+      spill_(options_.spill_directory, host_pool.page_bytes()) {
+  prefetch_transfers_max_ = std::max<std::size_t>(1, options_.inflight_bytes / host_pool.page_bytes());
+}
+
+void PageMover::open() {
+  transfers_ = std::make_unique<TransferQueue>(options_.make_queue(), host_pool_);
+  TP_CHECK(transfers_->capacity() > prefetch_transfers_max_);  // room for demand beside prefetches
+}
+
+std::uint16_t PageMover::add_file(File file) {
+  TP_CHECK(files_.size() < kFilesMax);
+  files_.push_back(std::move(file));
+  return static_cast<std::uint16_t>(files_.size() - 1);
+}
+
+PageSource PageMover::source_of(const PageEntry& entry) const {
+  PageSource source{entry.backing, nullptr, entry.offset_bytes, entry.valid_bytes, entry.generation, entry.checksum};
+  if (entry.backing == Backing::checkpoint) source.file = &files_[entry.file];
+  if (entry.backing == Backing::spill) source.file = &spill_.file();
+  if (entry.backing == Backing::spill) source.valid_bytes = static_cast<std::uint32_t>(host_pool_.page_bytes());
+  if (entry.backing == Backing::zero) source.valid_bytes = 0;
+  return source;
+}
+
+bool PageMover::write_back(PageId page, FrameId host_frame) {
+  std::unique_lock lock(residency_.mutex);
+  const PageEntry& entry = residency_.table.at(page);
+  const bool has_extent = entry.backing == Backing::spill;
+  std::uint64_t extent = entry.offset_bytes;
+  const std::uint32_t generation = entry.generation + 1;
+  lock.unlock();
+  if (!has_extent) {
+    try {
+      extent = spill_.take_extent();
+    } catch (const Error& error) {
+      writeback_failed(page, host_frame, error);
+      return false;
+    }
+    spill_bytes_ = spill_.allocated_bytes();
+  }
+  const std::uint64_t checksum = page_checksum(host_pool_.slot(host_frame), host_pool_.page_bytes(), page, generation);
+  lock.lock();
+  PageEntry& written = residency_.table.at(page);
+  written.backing = Backing::spill;
+  written.offset_bytes = extent;
+  written.lead_bytes = 0;
+  written.generation = generation;
+  written.checksum = checksum;
+  if (written.state != PageState::writing) residency_.table.set_state(page, PageState::writing);
+  ++residency_.counts.writebacks;
+  lock.unlock();
+  transfers_->start_writeback(page, host_frame, spill_.file(), extent);
+  return true;
+}
+
+void PageMover::poll_transfers(std::chrono::nanoseconds timeout) {
+  finished_.clear();
+  transfers_->poll(finished_, timeout);
+  std::exception_ptr failure;
+  for (FinishedTransfer& transfer : finished_) {
+    try {
+      finish(transfer);
+    } catch (const Error&) {
+      if (!failure) failure = std::current_exception();  // the others are finished all the same
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace tp
