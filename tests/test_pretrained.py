@@ -175,7 +175,7 @@ def test_every_dtype_of_the_format_in_place(tmp_path: Path) -> None:
     core = make_core("32MiB", None, "auto", 0)
     try:
         arena = SpillArena(core)
-        paged = _paged_state_dict(core, open_checkpoint(tmp_path), arena)
+        paged, _ = _paged_state_dict(core, open_checkpoint(tmp_path), arena)
         assert {"float8_e4m3fn", "float8_e5m2", "bfloat16", "bool", "complex64"} <= paged.keys() == set(names)
         for name, tensor in paged.items():
             assert tensor.dtype == expected[name].dtype, name

@@ -234,6 +234,11 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
   return std::make_unique<Pager>(options);
 }
 
+std::pair<std::uint64_t, std::uint64_t> device_memory(int ordinal) {
+  const tp::CudaDevice device(tp::CudaDriver::system(), ordinal);
+  return {device.free_bytes(), device.facts().total_bytes};
+}
+
 void bind_probe(py::module_& module) {
   py::class_<tp::EngineCandidate>(module, "EngineCandidate", "An I/O engine and whether, and why, it can run here.")
       .def_readonly("engine", &tp::EngineCandidate::engine)
@@ -247,6 +252,8 @@ void bind_probe(py::module_& module) {
       .def_readonly("reason", &tp::DirectoryFacts::reason);
   module.def("probe_engines", &tp::probe_engines, py::call_guard<py::gil_scoped_release>(),
              "Engines, best first, each with its reason.");
+  module.def("device_memory", &device_memory, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+             "(free, total) bytes of a CUDA device now. EngineError when it can't be used, DeviceError.");
   module.def("probe_directory", &tp::probe_directory, py::arg("directory"), py::call_guard<py::gil_scoped_release>(),
              "What the directory's file system offers; IoError if it can't be written.");
 }

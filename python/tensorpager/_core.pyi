@@ -19,6 +19,7 @@ __all__: list[str] = [
     "Pager",
     "Region",
     "Ticket",
+    "device_memory",
     "probe_directory",
     "probe_engines",
 ]
@@ -232,6 +233,11 @@ class Pager:
         """
         Most pages that steps may hold at once: the frames less those kept for stray accesses.
         """
+
+def device_memory(device: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
+    """
+    (free, total) bytes of a CUDA device now. EngineError when it can't be used, DeviceError.
+    """
 
 def probe_directory(directory: str) -> DirectoryFacts:
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors over a pager's address space, and the guard that pages in what an operation reads.
 
-A `PagedTensor` is an ordinary strided CPU tensor whose bytes may be absent. Its address never changes, so autograd,
+A `PagedTensor` is an ordinary strided tensor whose bytes may be absent. Its address never changes, so autograd,
 views, optimizers and tied weights need nothing special. Every torch function that gets one passes through the guard:
 
 * what only looks at shape, dtype or flags passes straight through;
@@ -12,6 +12,10 @@ views, optimizers and tied weights need nothing special. Every torch function th
 The guard is an optimisation and the place for clear errors. A raw access it does not see (autograd's backward, a C++
 extension) traps in the core and is paged in there. What does not work on absent memory is a system call: it fails with
 EFAULT. Hence `numpy()`, DLPack, pickle, `copy.deepcopy` and safetensors get ordinary copies.
+
+On a device nothing traps: there the guard and the module calls are all there is, and a kernel that reads an absent page
+ends the context. Nor are writes seen, so the guard looks at the tensors' version counters, which every operation that
+writes in place moves on, and tells the core.
 
 Threads: any. A tensor's shape and place are not changed concurrently, as in torch.
 """
@@ -26,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 
 from tensorpager import op_rules
+from tensorpager.device import HOST, stream_getter
 from tensorpager.errors import ClosedError, PagedTensorError
 
 if TYPE_CHECKING:
@@ -58,16 +63,23 @@ class Backing:
     """What a paged tensor and all its views have in common: the core that pages them, and who holds them resident.
 
     windows: the module calls that hold the tensor while one of them is open (`Window.open`).
-    hold_bytes_max: an operation on more than this is not held at once; its pages come in as they are touched.
+    hold_bytes_max: an operation on more than this is not held at once; its pages come in as they are touched. On a
+    device they can't, and it is held or refused with BudgetError.
+    stream: gives the handle of the current stream of the core's device; None on the host.
     """
 
-    __slots__ = ("core", "hold_bytes_max", "name", "windows")
+    __slots__ = ("core", "hold_bytes_max", "name", "on_device", "stream", "windows")
 
     def __init__(self, core: Core, name: str) -> None:
         self.core = core
         self.name = name
         self.windows: list[Window] = []
-        self.hold_bytes_max = core.pinnable_page_count * core.page_bytes // 2
+        self.on_device = core.device != HOST
+        self.stream = stream_getter(core)
+        budget_bytes = core.pinnable_page_count * core.page_bytes
+        self.hold_bytes_max = sys.maxsize if self.on_device else budget_bytes // 2
+        if self.on_device:
+            _watch_writes()
 
     def in_window(self) -> bool:
         """Whether a module call that is open holds the tensor."""
@@ -93,7 +105,7 @@ def set_tracer(tracer: Tracer | None) -> None:
 
 
 class PagedTensor(torch.Tensor):
-    """A tensor whose bytes lie in a pager's address space; any shape, stride and dtype, device "cpu".
+    """A tensor whose bytes lie in a pager's address space; any shape, stride and dtype, on the pager's device.
 
     Made by `tensorpager.page` and `tensorpager.from_pretrained`, and by taking views of one. A paged parameter is an
     instance of `torch.nn.Parameter` too. Operations give ordinary tensors. `numpy()`, DLPack, pickle and
@@ -132,23 +144,24 @@ _ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
 class Held:
     """What one operation holds resident. Released explicitly, or at the latest when the operation's frame is gone."""
 
-    __slots__ = ("_cores", "_dry", "_released", "_set_ids", "size_bytes")
+    __slots__ = ("_backings", "_dry", "_released", "_set_ids", "size_bytes")
 
     def __init__(self) -> None:
         self.size_bytes = 0
         self._dry = _tracer is not None  # then nothing is held, and by the time of __del__ the core may not be dry
-        self._cores: list[Core] = []
+        self._backings: list[Backing] = []
         self._set_ids: list[int] = []
         self._released: list[None] = []
 
-    def hold(self, core: Core, address: int, size_bytes: int) -> None:
+    def hold(self, backing: Backing, address: int, size_bytes: int) -> None:
         """Wait until a byte range is resident. What the core raises comes out, and then nothing is held.
 
         For the way it is noted see [Note: one C call] in windows.py.
         """
-        self._cores.append(core)
+        self._backings.append(backing)
+        stream = 0 if backing.stream is None else backing.stream()
         try:
-            self._set_ids.extend(map(core.hold, (address,), (size_bytes,)))
+            self._set_ids.extend(map(backing.core.hold, (address,), (size_bytes,), (stream,)))
         except BaseException:
             self.release()
             raise
@@ -161,7 +174,9 @@ class Held:
             if self._set_ids[done] < 0:  # more than fits: nothing was held
                 self._released.append(None)
             else:
-                self._released.extend(map(self._cores[done].release, (self._set_ids[done],)))
+                backing = self._backings[done]
+                stream = 0 if backing.stream is None else backing.stream()
+                self._released.extend(map(backing.core.release, (self._set_ids[done],), (stream,)))
 
     def __del__(self) -> None:
         if not self._dry:
@@ -223,7 +238,7 @@ def _hold(tensor: PagedTensor, held: Held | None) -> Held | None:
     if held.size_bytes + size_bytes > backing.hold_bytes_max:
         _throw_if_closed(backing)
     elif size_bytes > 0:
-        held.hold(backing.core, address, size_bytes)
+        held.hold(backing, address, size_bytes)
     return held
 
 
@@ -242,12 +257,54 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     held = hold_arguments(args, None)
     if kwargs:
         held = hold_arguments(kwargs.values(), held)
+    versions = _versions((*args, *kwargs.values())) if _writes_watched else []
     try:
         result = _call_unguarded(func, (), args, kwargs)
     finally:
+        for tensor, version in versions:
+            if tensor._version != version:
+                _tell_written(tensor)
         if held is not None:
             held.release()
     return _keep_views_paged(result, args)
+
+
+_writes_watched = False
+
+
+def _watch_writes() -> None:
+    """From the first tensor on a device on, look at every guarded call's tensors for writes."""
+    global _writes_watched  # noqa: PLW0603 (read on every guarded call: a plain global is the fastest there is)
+    _writes_watched = True
+
+
+def _versions(values: Any) -> list[tuple[PagedTensor, int]]:
+    """The paged tensors of a device among values, those in lists too, each with its version counter."""
+    found: list[tuple[PagedTensor, int]] = []
+    for value in values:
+        kind = type(value)
+        if kind is PagedTensor:
+            backing = value._tp_backing
+            if backing is not None and backing.on_device and not value.is_inference():
+                found.append((value, value._version))
+        elif kind is list or kind is tuple:
+            found.extend(_versions(value))
+    return found
+
+
+def _tell_written(tensor: PagedTensor) -> None:
+    """The operation that just ran has written to the tensor, whose pages are still held."""
+    backing = tensor._tp_backing
+    assert backing is not None
+    address, size_bytes = span_of(tensor)
+    if size_bytes == 0:
+        return
+    stream = 0 if backing.stream is None else backing.stream()
+    set_id = backing.core.hold(address, size_bytes, stream)
+    try:
+        backing.core.mark_written(set_id)
+    finally:
+        backing.core.release(set_id, stream)
 
 
 def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args: Arguments, kwargs: Keywords) -> Any:

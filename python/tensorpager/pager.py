@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from tensorpager.budget import format_bytes, parse_bytes
+from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers
 from tensorpager.errors import BudgetError
 from tensorpager.moving import collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
@@ -59,6 +60,10 @@ class Pager:
     def stats(self) -> dict[str, Any]:
         """Counters of the core since the start or reset_stats(), and what is known about model and schedule.
 
+        On a device (device: its number, -1 on the host), beside what follows: bytes_to_device and bytes_to_host, over
+        the link; reads (pages read from the drive), host_hits (page-ins that found the page in the host tier),
+        copies_out, host_budget_bytes and host_bytes_max.
+
         Beside the core's own (bytes_read, bytes_written, page_ins, faults, stalls, touches, resident_bytes_max, engine,
         ...): paged_tensors and paged_bytes (of the model), spill_reserved_bytes (the part of it that is in no
         checkpoint), hit_rate (page accesses that needed no page-in, of all), and schedule: its certificate (see
@@ -71,6 +76,7 @@ class Pager:
         accesses = counters["page_accesses"]
         counters["hit_rate"] = 1.0 - counters["page_ins"] / accesses if accesses else 0.0
         counters["page_bytes"] = self._core.page_bytes
+        counters["device"] = self._core.device
         counters["paged_tensors"] = self._tensor_count
         counters["paged_bytes"] = self._paged_bytes
         counters["spill_reserved_bytes"] = self._spilled_bytes
@@ -152,15 +158,31 @@ def _no_pager() -> None:
     return None
 
 
-def make_core(budget: int | str, store: str | os.PathLike[str] | None, engine: str, page_bytes: int = 0) -> Core:
-    """A core with all frames of the budget. BudgetError, MemoryMapError, EngineError, IoError, ValueError."""
+def make_core(
+    budget: int | str,
+    store: str | os.PathLike[str] | None,
+    engine: str,
+    page_bytes: int = 0,
+    device: Device = None,
+    host_budget: int | str | None = None,
+) -> Core:
+    """A core with all frames of the budgets.
+
+    BudgetError, MemoryMapError, EngineError, DeviceError, IoError, ValueError.
+    """
     from tensorpager._core import Pager as NativePager
 
+    number = device_number(device)
+    if number == HOST and host_budget is not None:
+        msg = "host_budget= is for the tier beneath a device; on the host, budget= is all there is"
+        raise ValueError(msg)
     return NativePager(
-        budget_bytes=parse_bytes(budget),
+        budget_bytes=device_budget_bytes(budget, number),
         page_bytes=page_bytes,
         engine=engine,
         spill_directory=choose_directory(store),
+        device=number,
+        host_budget_bytes=0 if host_budget is None else parse_bytes(host_budget),
     )
 
 
@@ -171,12 +193,19 @@ def page(
     *,
     engine: str = "auto",
     page_bytes: int = 0,
+    device: Device = None,
+    host_budget: int | str | None = None,
 ) -> Pager:
-    """Page the parameters of a model in RAM: from now on `budget` bytes of them are resident, the rest is on disk.
+    """Page the parameters of a model: from now on `budget` bytes of them are resident, the rest is on disk.
 
     budget: bytes, or a text such as "1GiB". store: directory for the spill file, which has no name and is gone when the
     process ends; by default the first of $TMPDIR, /var/tmp and the working directory that is on a disk. engine: "auto",
     "uring" or "pread". page_bytes: 0, or a power of two from 2 MiB to 64 MiB.
+
+    device: None for RAM, or a CUDA device ("cuda", "cuda:1", 1). Then the budget is of its memory, "auto" for what it
+    has free less a reserve for torch (`device.AUTO_RESERVE_SHARE`), and host_budget (1 GiB by default) is RAM,
+    page-locked, that pages pass through and stay in as long as there is room. The model is given on the CPU; its
+    parameters and buffers are on the device afterwards. For inference so far: a pass with gradients is refused.
 
     The parameters become PagedTensors at the same places in the model; each original is freed once it is copied, so
     the peak is the model plus the budget. Tied and overlapping parameters stay so. Buffers and gradients stay in RAM.
@@ -184,10 +213,10 @@ def page(
 
     Raises BudgetError, before anything is changed, when one module's parameters don't fit; PagedTensorError for a
     parameter that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged);
-    IoError, EngineError, MemoryMapError, ValueError.
+    IoError, EngineError, DeviceError, MemoryMapError, ValueError.
     """
     groups = collect(model)
-    core = make_core(budget, store, engine, page_bytes)
+    core = make_core(budget, store, engine, page_bytes, device, host_budget)
     try:
         arena = SpillArena(core)
         arena.reserve(sum(aligned_size(group.size_bytes) for group in groups))
@@ -297,6 +326,7 @@ def _attach(
     spilled_bytes: int,
 ) -> Pager:
     """Register the hooks. The root's come first on the way in and last on the way out."""
+    move_buffers(model, core)
     director = PassDirector(core)
     model.register_forward_pre_hook(RootEnterHook(director), prepend=True, with_kwargs=True)
     entered: dict[int, torch.nn.Module] = {}

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tensorpager.device import HOST, refuse_backward
 from tensorpager.errors import BudgetError, TraceError
 from tensorpager.expected_pass import PassHistory
 from tensorpager.pass_plan import PageSchedule, plan_pass, steps_from_events
@@ -88,6 +89,8 @@ class PassDirector:
         while frames and not is_on_stack(frames[-1]):
             frames.pop()
         if not frames:
+            if self._core.device != HOST:
+                refuse_backward(model)
             self._end_recording()  # of an abandoned pass, if any
             self._trace_once(model, args, kwargs)
             self._foresee(args, kwargs)

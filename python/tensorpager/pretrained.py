@@ -12,14 +12,23 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensorpager.checkpoint import Checkpoint, TensorEntry, aligned, open_checkpoint, torch_dtype_name, torch_shape
+from tensorpager.checkpoint import (
+    Checkpoint,
+    CheckpointFile,
+    TensorEntry,
+    aligned,
+    open_checkpoint,
+    torch_dtype_name,
+    torch_shape,
+)
+from tensorpager.device import HOST, Device
 from tensorpager.errors import CheckpointError, PagedTensorError
-from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy
+from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy, span_of
 from tensorpager.pager import install, make_core
 from tensorpager.spill import SpillArena, tensor_at
 
@@ -45,7 +54,7 @@ _REFUSED = frozenset(
 )
 
 
-def from_pretrained(
+def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
     directory: str | os.PathLike[str],
     budget: int | str = "1GiB",
     *,
@@ -55,9 +64,13 @@ def from_pretrained(
     page_bytes: int = 0,
     variant: str | None = None,
     model_class: type[Any] | None = None,
+    device: Device = None,
+    host_budget: int | str | None = None,
     **kwargs: Any,
 ) -> Any:
     """A transformers model in eval mode, with at most `budget` bytes of its weights in RAM; `model.pager` is its Pager.
+
+    With device= the budget is of that device's memory and the model is on it; device and host_budget as for `page()`.
 
     directory: a local checkpoint with config.json and safetensors files (single or sharded). They are opened read-only
     and must not change while the model lives. The model is built on the meta device and never materialised. budget,
@@ -81,21 +94,78 @@ def from_pretrained(
     checkpoint = open_checkpoint(directory, variant=variant)
     config, kwargs = _load_config(directory, kwargs)
     model_class = _model_class(config) if model_class is None else model_class
-    core = make_core(budget, store, engine, page_bytes)
+    core = make_core(budget, store, engine, page_bytes, device, host_budget)
     try:
-        arena = SpillArena(core)
-        state_dict = _paged_state_dict(core, checkpoint, arena)
-        with _assigned_tensors_moved(arena), _loading_in_this_thread():
-            model = model_class.from_pretrained(
-                None, config=config, state_dict=state_dict, dtype="auto" if dtype is None else dtype, **kwargs
-            )
-        del state_dict
+        if core.device == HOST:
+            model, spilled_bytes = _load(core, checkpoint, config, model_class, dtype, kwargs)[:2]
+        else:
+            with closing(make_core(_LOADING_BUDGET_BYTES, store, engine)) as loading_core:
+                model, _, regions = _load(loading_core, checkpoint, config, model_class, dtype, kwargs)
+                spilled_bytes = _move_to_device(model, regions, core)
         _finish(model, directory)
-        model.pager = install(model, core, arena.size_bytes)
+        model.pager = install(model, core, spilled_bytes)
     except BaseException:
         core.close()
         raise
     return model
+
+
+# Each tensor the loader has to convert is paged in, in part when it is larger.
+_LOADING_BUDGET_BYTES = 256 * 2**20
+
+
+def _load(
+    core: Core, checkpoint: Checkpoint, config: Any, model_class: type[Any], dtype: Any, kwargs: dict[str, Any]
+) -> tuple[Any, int, list[tuple[CheckpointFile, Region]]]:
+    """The model over the core's address space, the bytes that went to spill, and where each file lies."""
+    arena = SpillArena(core)
+    state_dict, regions = _paged_state_dict(core, checkpoint, arena)
+    with _assigned_tensors_moved(arena), _loading_in_this_thread():
+        model = model_class.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype="auto" if dtype is None else dtype, **kwargs
+        )
+    del state_dict
+    _plain_buffers(model)
+    return model, arena.size_bytes, regions
+
+
+def _move_to_device(model: Any, regions: list[tuple[CheckpointFile, Region]], core: Core) -> int:
+    """Exchange parameters paged on the host for such at the same places of the files, paged by `core`.
+
+    transformers loads on the host, whose address space takes no memory; so nothing is read for a parameter that lies in
+    a file. The others (converted, misaligned, made anew) are copied into the core's spill; returns their bytes.
+    """
+    arena = SpillArena(core)
+    on_device = [(old, core.map_file(str(file.path), file.data_start)) for file, old in regions]
+    moved: dict[int, PagedTensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if not isinstance(parameter, PagedTensor):
+                continue
+            new = moved.get(id(parameter))
+            if new is None:
+                new = moved[id(parameter)] = _on_device(parameter, on_device, core, arena)
+            setattr(module, name, new)
+    return arena.size_bytes
+
+
+def _on_device(
+    parameter: PagedTensor, on_device: list[tuple[Region, Region]], core: Core, arena: SpillArena
+) -> PagedTensor:
+    assert parameter._tp_backing is not None
+    name = parameter._tp_backing.name
+    address, size_bytes = span_of(parameter)
+    new: PagedTensor | None = None
+    for old, region in on_device:
+        if old.address <= address and address + size_bytes <= old.address + old.size_bytes and size_bytes > 0:
+            place = region.address + (address - old.address)
+            plain = tensor_at(core, place, tuple(parameter.shape), tuple(parameter.stride()), parameter.dtype)
+            new = make_paged(plain, Backing(core, name), parameter=True, requires_grad=parameter.requires_grad)
+    if new is None:
+        copy = ordinary_copy(parameter)
+        new = arena.move_in(copy, name, parameter=True, requires_grad=parameter.requires_grad)
+    new.__dict__.update({key: value for key, value in vars(parameter).items() if key not in vars(new)})
+    return new
 
 
 def _load_config(directory: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -137,9 +207,15 @@ def _model_class(config: Any) -> type[Any]:
 # -- the state dict ----------------------------------------------------------------------------------------------------
 
 
-def _paged_state_dict(core: Core, checkpoint: Checkpoint, arena: SpillArena) -> dict[str, torch.Tensor]:
-    """A paged tensor over each tensor of the checkpoint, in file order. Reads only those that are misaligned."""
+def _paged_state_dict(
+    core: Core, checkpoint: Checkpoint, arena: SpillArena
+) -> tuple[dict[str, torch.Tensor], list[tuple[CheckpointFile, Region]]]:
+    """A paged tensor over each tensor of the checkpoint, in file order; and each file's region.
+
+    Reads only tensors that are misaligned.
+    """
     state_dict: dict[str, torch.Tensor] = {}
+    regions: list[tuple[CheckpointFile, Region]] = []
     for file in checkpoint.files:
         if not file.tensors:
             continue
@@ -155,10 +231,11 @@ def _paged_state_dict(core: Core, checkpoint: Checkpoint, arena: SpillArena) -> 
                 path=path,
                 rule="file_changed",
             )
+        regions.append((file, region))
         for entry in file.tensors.values():
             if checkpoint.files[checkpoint.file_of[entry.name]] is file:
                 state_dict[entry.name] = _paged_entry(core, region, entry, path, arena)
-    return state_dict
+    return state_dict, regions
 
 
 def _paged_entry(core: Core, region: Region, entry: TensorEntry, path: str, arena: SpillArena) -> torch.Tensor:
@@ -224,12 +301,16 @@ def _loading_in_this_thread() -> Iterator[None]:
                 os.environ[name] = before
 
 
-def _finish(model: Any, directory: str) -> None:
-    """Buffers become ordinary, leftover parameters paged, and what transformers keeps of the path is put back."""
-    for name, module in model.named_modules():
+def _plain_buffers(model: Any) -> None:
+    for module in model.modules():
         for key, buffer in module._buffers.items():
             if isinstance(buffer, PagedTensor):
                 module._buffers[key] = ordinary_copy(buffer)
+
+
+def _finish(model: Any, directory: str) -> None:
+    """Refuse parameters without values, and put back what transformers keeps of the path."""
+    for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
                 msg = f"'{name}.{key}' got no values: the checkpoint has none, and {type(model).__name__} makes none"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tensorpager.device import HOST, stream_getter
 from tensorpager.errors import IoError
 from tensorpager.paged_tensor import Backing, PagedTensor, make_paged
 
@@ -53,7 +54,8 @@ def tensor_at(
     element_bytes = dtype.itemsize
     count = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        on_device = core.device != HOST and not core.device_memory_is_host_memory
+        return torch.empty(shape, dtype=dtype, device=torch.device("cuda", core.device) if on_device else None)
     flat: torch.Tensor = torch.utils.dlpack.from_dlpack(core.tensor(address, count * element_bytes)).view(dtype)
     return flat.as_strided(shape, strides)
 
@@ -62,6 +64,7 @@ def copy_into(core: Core, destination: torch.Tensor, source: torch.Tensor) -> No
     """Copy values between plain tensors of equal shape and dtype, holding a few pages of the destination at a time.
 
     The destination lies in the address space and is dense. Blocks on I/O when the budget is smaller than the tensor.
+    On a device, the source may be on the host.
     """
     assert destination.shape == source.shape
     assert destination.dtype == source.dtype
@@ -72,14 +75,18 @@ def copy_into(core: Core, destination: torch.Tensor, source: torch.Tensor) -> No
     origin = source.as_strided((count,), (1,))
     piece_bytes = max(core.page_bytes, min(_COPY_BYTES, core.pinnable_page_count * core.page_bytes // 2))
     piece = piece_bytes // destination.element_size()
+    stream_of = stream_getter(core)
     for start in range(0, count, piece):
         part = target[start : start + piece]
-        set_id = core.hold(part.data_ptr(), part.numel() * part.element_size())
+        stream = 0 if stream_of is None else stream_of()
+        set_id = core.hold(part.data_ptr(), part.numel() * part.element_size(), stream)
         try:
             part.copy_(origin[start : start + piece])
+            if core.device != HOST:
+                core.mark_written(set_id)
         finally:
             if set_id >= 0:
-                core.release(set_id)
+                core.release(set_id, stream)
 
 
 class SpillArena:
@@ -108,7 +115,7 @@ class SpillArena:
         return address
 
     def move_in(self, source: torch.Tensor, name: str, *, parameter: bool, requires_grad: bool) -> PagedTensor:
-        """A paged tensor with the values of a plain one (strided, on the CPU, not empty). Blocks on I/O."""
+        """A paged tensor with the values of a plain one (strided, not empty). Blocks on I/O."""
         strides = dense_strides(source)
         address = self.place(source.numel() * source.element_size())
         plain = tensor_at(self._core, address, tuple(source.shape), strides, source.dtype)

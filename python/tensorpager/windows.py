@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensorpager.device import stream_getter
+
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
@@ -55,12 +57,16 @@ _CALL_IMPL = torch.nn.Module._call_impl.__code__
 
 
 class Window:
-    """The pages of one module's own parameters. open: the calls that hold them, of all threads."""
+    """The pages of one module's own parameters. open: the calls that hold them, of all threads.
 
-    __slots__ = ("core", "name", "open", "set_id")
+    stream: gives the handle of the current stream of the core's device; None on the host.
+    """
+
+    __slots__ = ("core", "name", "open", "set_id", "stream")
 
     def __init__(self, core: Core, set_id: int, name: str) -> None:
         self.core = core
+        self.stream = stream_getter(core)
         self.set_id = set_id
         self.name = name
         self.open: list[Call] = []
@@ -79,7 +85,10 @@ class Call:
     def acquire(self) -> None:
         """Wait for the pages. Raises what the core's acquire raises."""
         window = self._window
-        self._done.extend(map(window.core.acquire, (window.set_id,)))
+        if window.stream is None:
+            self._done.extend(map(window.core.acquire, (window.set_id,)))
+        else:
+            self._done.extend(map(window.core.acquire, (window.set_id,), (window.stream(),)))
         window.open.append(self)
 
     def release(self) -> None:
@@ -88,7 +97,8 @@ class Call:
         if self in window.open:
             window.open.remove(self)
         if len(self._done) == 1:
-            self._done.extend(map(window.core.release, (window.set_id,)))
+            stream = 0 if window.stream is None else window.stream()
+            self._done.extend(map(window.core.release, (window.set_id,), (stream,)))
 
 
 class UnguardedCall:
