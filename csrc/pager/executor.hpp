@@ -87,6 +87,7 @@ class Executor {
   bool scheduled_soon(PageId page, std::int64_t step) const;
   Follow follow_schedule();
   Follow follow_initial();
+  Follow follow_catch_up();
   Follow follow_action();
   // `planned_victim` if it can go; else any page that is next used after step `used_after`.
   Start start_page_in(PageId page, Purpose purpose, PageId planned_victim, std::int64_t used_after);
