@@ -102,6 +102,52 @@ def test_errors_are_typed_and_say_what_to_do(pager: _core.Pager, tmp_path: Path)
         pager.map_spill(8)
 
 
+def test_several_schedules_are_known_and_one_is_followed(pager: _core.Pager, data: tuple[Path, np.ndarray]) -> None:
+    region = pager.map_file(str(data[0]))
+    first, second, third = (pager.add_set([(region.address + place * PAGE, 8)], f"step {place}") for place in range(3))
+    empty = np.zeros(0, np.int32)
+
+    def known(*steps: int, common: bool = False) -> int:
+        return pager.add_schedule(
+            step_set=np.array(steps, np.int32),
+            initial_pages=empty,
+            action_step=empty,
+            action_deadline=empty,
+            action_page_in=empty,
+            action_evict=empty,
+            common=common,
+        )
+
+    def run(*steps: int) -> None:
+        pager.begin_pass()
+        for step in steps:
+            pager.acquire(step)
+            pager.release(step)
+
+    assert pager.followed_schedule is None
+    one, other = known(first, second), known(first, third)
+    shared = known(first, common=True)
+    assert pager.followed_schedule == one
+    run(first, third)
+    assert pager.followed_schedule == other
+    assert pager.stats()["schedule_switches"] == 1
+    pager.follow_schedule(shared)
+    run(first, third)
+    assert pager.followed_schedule == shared
+    pager.forget_schedule(shared)
+    assert pager.followed_schedule == other
+    with pytest.raises(ValueError, match="no known schedule"):
+        pager.follow_schedule(shared)
+    for _ in range(14):
+        known(first)
+    with pytest.raises(ValueError, match="at most 16 schedules"):
+        known(first)
+    pager.reset_stats()
+    assert pager.stats()["schedule_switches"] == 0
+    pager.clear_schedule()
+    assert pager.followed_schedule is None
+
+
 def test_events_tell_the_order_of_a_pages_life(pager: _core.Pager, data: tuple[Path, np.ndarray]) -> None:
     region = pager.map_file(str(data[0]))
     step = pager.add_set([(region.address, PAGE)], "step")

@@ -15,10 +15,11 @@ struct Id {
   friend constexpr auto operator<=>(Id, Id) = default;
 };
 
-using PageId = Id<struct PageTag>;    // a page of the address space
-using FrameId = Id<struct FrameTag>;  // a slot of physical memory that holds one page
-using FileId = Id<struct FileTag>;    // a file added to an IoQueue
-using SetId = Id<struct SetTag>;      // pages that a step needs together
+using PageId = Id<struct PageTag>;          // a page of the address space
+using FrameId = Id<struct FrameTag>;        // a slot of physical memory that holds one page
+using FileId = Id<struct FileTag>;          // a file added to an IoQueue
+using SetId = Id<struct SetTag>;            // pages that a step needs together
+using ScheduleId = Id<struct ScheduleTag>;  // a schedule that the core knows; never used again for another
 
 }  // namespace tp
 

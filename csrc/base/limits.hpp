@@ -35,4 +35,7 @@ inline constexpr std::size_t kRegisteredBufferBytesMax = 1 * kGiB;
 inline constexpr unsigned kFilesMax = 4096;
 inline constexpr std::size_t kFramesMin = 4;
 
+// Known at a time. A switch looks at each of them under the lock; the package plans for nine at most.
+inline constexpr std::size_t kSchedulesMax = 16;
+
 }  // namespace tp

@@ -142,6 +142,21 @@ void set_schedule(Pager& pager, const Int32Array& step_set, const Int32Array& in
                       view(action_page_in), view(action_evict)});
 }
 
+std::uint32_t add_schedule(Pager& pager, const Int32Array& step_set, const Int32Array& initial_pages,
+                           const Int32Array& action_step, const Int32Array& action_deadline,
+                           const Int32Array& action_page_in, const Int32Array& action_evict, bool common) {
+  return pager
+      .add_schedule({view(step_set), view(initial_pages), view(action_step), view(action_deadline),
+                     view(action_page_in), view(action_evict)},
+                    common ? tp::ScheduleKind::common : tp::ScheduleKind::exact)
+      .value;
+}
+
+std::optional<std::uint32_t> followed_schedule(const Pager& pager) {
+  const std::optional<tp::ScheduleId> id = pager.followed_schedule();
+  return id ? std::optional(id->value) : std::nullopt;
+}
+
 py::array_t<std::int32_t> record_end(Pager& pager) {
   const std::vector<std::int32_t> events = pager.recorder().end();
   return py::array_t<std::int32_t>(static_cast<py::ssize_t>(events.size()), events.data());
@@ -195,12 +210,11 @@ py::dict stats(const Pager& pager) {
   result["short_transfers"] = io.short_transfers;
   result["io_retries"] = io.retries;
   result["io_system_calls"] = io.system_calls;
-  std::int64_t position = 0;
-  std::uint64_t jumps = 0, off_schedule = 0;
-  pager.residency().tape_counters(position, jumps, off_schedule);
-  result["schedule_position"] = position;
-  result["schedule_jumps"] = jumps;
-  result["off_schedule_acquires"] = off_schedule;
+  const tp::TapeCounters tape = pager.residency().tape_counters();
+  result["schedule_position"] = tape.position;
+  result["schedule_switches"] = tape.switches;
+  result["schedule_jumps"] = tape.jumps;
+  result["off_schedule_acquires"] = tape.off_schedule;
   result["budget_bytes"] = pager.budget_bytes();
   result["resident_bytes_max"] = pager.bytes_in_use_max();
   result["pinned_pages"] = pager.residency().pinned_pages();
@@ -303,8 +317,28 @@ void bind_pager_paging(py::class_<Pager>& pager) {
       .def("set_schedule", &set_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"),
            py::arg("action_step"), py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
            "One cycle, repeated for ever; tensorpager.pass_plan defines the arrays (int32). ValueError names array and "
-           "index.")
-      .def("clear_schedule", &Pager::clear_schedule);
+           "index. It is followed from its start, and every other one forgotten.")
+      .def("clear_schedule", &Pager::clear_schedule, "Forget every schedule.");
+}
+
+void bind_pager_schedules(py::class_<Pager>& pager) {
+  pager
+      .def(
+          "add_schedule", &add_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"),
+          py::arg("action_step"), py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
+          py::arg("common") = false,
+          "Know one more schedule (see set_schedule) beside the others; returns its id. The first is followed at once. "
+          "A pass that leaves the followed one for steps with which another begins goes on with that one. common: it "
+          "is what several passes have in common, so steps that are not in it are no reason to leave it. ValueError.")
+      .def(
+          "follow_schedule", [](Pager& self, std::uint32_t id) { self.follow_schedule(tp::ScheduleId{id}); },
+          py::arg("schedule_id"), "Follow a known schedule from the start of its cycle. ValueError.")
+      .def(
+          "forget_schedule", [](Pager& self, std::uint32_t id) { self.forget_schedule(tp::ScheduleId{id}); },
+          py::arg("schedule_id"),
+          "If it is followed, the known one that was followed before it is followed next. ValueError.")
+      .def_property_readonly("followed_schedule", &followed_schedule,
+                             "Id of the schedule that is followed, or None. A pass may change it at any acquire.");
 }
 
 void bind_ticket(py::module_& module) {
@@ -404,5 +438,6 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           },
           py::arg("address"));
   bind_pager_paging(pager);
+  bind_pager_schedules(pager);
   bind_pager_facts(pager);
 }

@@ -274,11 +274,13 @@ PageId DeviceMover::choose_host_victim(std::int64_t for_action) const {
 void DeviceMover::read_ahead() {
   const Tape* tape = residency_.tape.get();
   if (tape == nullptr || lost_) return;
-  if (tape != read_tape_) {
-    read_tape_ = tape;
+  // Another schedule, or the same one from its start.
+  if (&tape->schedule() != read_schedule_ || tape->next_action < read_from_) {
+    read_schedule_ = &tape->schedule();
     next_read_ = tape->next_action;
     next_initial_read_ = tape->next_initial;
   }
+  read_from_ = tape->next_action;
   const std::span<const PageId> initial = tape->schedule().initial_pages();
   next_initial_read_ = std::max(next_initial_read_, tape->next_initial);
   for (; next_initial_read_ < initial.size(); ++next_initial_read_) {

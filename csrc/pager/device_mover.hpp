@@ -119,8 +119,9 @@ class DeviceMover final : public PageMover {
   std::deque<CopyOut> copies_out_flight_;
   std::vector<PageId> host_frame_page_;  // by host frame
   std::vector<bool>
-      read_for_this_copy_;           // by page: its host frame was filled by a read since the last copy to the device
-  const Tape* read_tape_ = nullptr;  // whose actions next_read_ counts
+      read_for_this_copy_;  // by page: its host frame was filled by a read since the last copy to the device
+  const Schedule* read_schedule_ = nullptr;  // whose actions next_read_ counts
+  std::int64_t read_from_ = 0;               // its next action when that was last looked at
   std::int64_t next_read_ = 0;
   std::size_t next_initial_read_ = 0;
   std::size_t copies_in_flight_max_;

@@ -159,6 +159,7 @@ bool Executor::scheduled_soon(PageId page, std::int64_t step) const {
   if (tape == nullptr || step < 0) return false;
   const std::size_t rank = tape->schedule().initial_rank(page);
   if (rank >= tape->next_initial && rank < tape->schedule().initial_pages().size()) return true;
+  if (step >= tape->catch_up_step && step < tape->catch_up_end) return true;
   const auto action = tape->schedule().next_page_in(page, tape->next_action);
   return action && tape->schedule().action(*action).deadline <= step;
 }
@@ -168,7 +169,11 @@ Executor::Follow Executor::follow_schedule() {
   Follow outcome = Follow::next;
   while (outcome == Follow::next) {
     const bool initial = residency_.tape->next_initial < residency_.tape->schedule().initial_pages().size();
-    outcome = initial ? follow_initial() : follow_action();
+    if (initial) {
+      outcome = follow_initial();
+    } else {
+      outcome = residency_.tape->catch_up_is_next() ? follow_catch_up() : follow_action();
+    }
   }
   return outcome;
 }
@@ -185,6 +190,29 @@ Executor::Follow Executor::follow_initial() {
     // no_frame: everything resident is needed sooner than this page; it comes when it is asked for.
   }
   ++tape.next_initial;
+  return Follow::next;
+}
+
+// One step of the cursor; see [Note: catching up] in tape.hpp.
+Executor::Follow Executor::follow_catch_up() {
+  Tape& tape = *residency_.tape;
+  const Schedule& schedule = tape.schedule();
+  // The step acquired last may be waiting for its pages; those before it have theirs.
+  const std::int64_t step = std::max(tape.catch_up_step, tape.position() - 1);
+  tape.catch_up_step = step;
+  bool under_way = false;
+  for (const PageId page : residency_.known_set(schedule.set_of(step)).pages) {
+    if (!mover_->can_start(residency_.table.at(page).state)) continue;
+    const std::optional<std::int64_t> action = schedule.next_page_in(page, tape.next_action);
+    if (action && schedule.action(*action).deadline <= step) continue;
+    const Start outcome = mover_->start(page, Purpose::prefetch, PageId{}, step);
+    under_way = under_way || outcome == Start::under_way;
+    if (outcome == Start::no_room) return Follow::full;
+    // Everything resident is in use or needed sooner: tried again with each release, until the step has passed.
+    if (outcome == Start::no_frame) return Follow::blocked;
+  }
+  if (under_way) return Follow::blocked;
+  ++tape.catch_up_step;
   return Follow::next;
 }
 

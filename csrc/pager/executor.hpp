@@ -58,6 +58,7 @@ class Executor {
   bool scheduled_soon(PageId page, std::int64_t step) const;
   Follow follow_schedule();
   Follow follow_initial();
+  Follow follow_catch_up();
   Follow follow_action();
   void fatal(const Error& error);
 

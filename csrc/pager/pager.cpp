@@ -362,18 +362,33 @@ void Pager::begin_pass() {
   residency_->begin_pass();
 }
 
-void Pager::set_schedule(const ScheduleArrays& arrays) {
+Schedule Pager::make_schedule(const ScheduleArrays& arrays) const {
   throw_if_unusable();
   std::vector<std::vector<PageId>> set_pages;
   const std::size_t sets = residency_->set_count();
   for (std::uint32_t id = 0; id < sets; ++id) set_pages.push_back(residency_->set(SetId{id}).pages);
-  Schedule schedule(arrays, set_pages, space_->page_count(), frame_count_);
-  residency_->set_schedule(std::make_unique<Tape>(std::move(schedule)));
+  return Schedule(arrays, set_pages, space_->page_count(), frame_count_);
+}
+
+void Pager::set_schedule(const ScheduleArrays& arrays) { residency_->set_schedule(make_schedule(arrays)); }
+
+ScheduleId Pager::add_schedule(const ScheduleArrays& arrays, ScheduleKind kind) {
+  return residency_->add_schedule(make_schedule(arrays), kind);
+}
+
+void Pager::follow_schedule(ScheduleId id) {
+  throw_if_unusable();
+  residency_->follow_schedule(id);
+}
+
+void Pager::forget_schedule(ScheduleId id) {
+  throw_if_unusable();
+  residency_->forget_schedule(id);
 }
 
 void Pager::clear_schedule() {
   throw_if_unusable();
-  residency_->set_schedule(nullptr);
+  residency_->set_schedule(std::nullopt);
 }
 
 IoQueueCounters Pager::all_io_counters() const { return executor_ ? executor_->io_counters() : io_counters_at_close_; }

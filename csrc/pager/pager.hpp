@@ -95,7 +95,12 @@ class Pager {
   void begin_pass();
 
   Recorder& recorder() noexcept { return recorder_; }
-  void set_schedule(const ScheduleArrays& arrays);  // Error(invalid)
+  // Known schedules: see Residency. Error(invalid).
+  void set_schedule(const ScheduleArrays& arrays);
+  ScheduleId add_schedule(const ScheduleArrays& arrays, ScheduleKind kind = ScheduleKind::exact);
+  void follow_schedule(ScheduleId id);
+  void forget_schedule(ScheduleId id);
+  std::optional<ScheduleId> followed_schedule() const { return residency_->followed_schedule(); }
   void clear_schedule();
 
   const Residency& residency() const noexcept { return *residency_; }
@@ -129,6 +134,7 @@ class Pager {
   std::vector<PageId> pages_of(const std::vector<AddressRange>& ranges) const;
   void append_region_pages(PageRange pages, std::uint64_t size_bytes, std::uint32_t lead_bytes, Backing backing,
                            std::uint16_t file);
+  Schedule make_schedule(const ScheduleArrays& arrays) const;
   SetId intern_set(std::vector<PageId> pages, const std::string& name);
 
   unsigned fork_generation_;

@@ -124,7 +124,7 @@ std::uint64_t Residency::acquire(SetId id, AcquireKind kind, const Interrupted& 
   if (id.value >= sets_.size()) throw Error(ErrorKind::invalid, "no set has the id " + std::to_string(id.value));
   const PageSet& set = *sets_[id.value];
   pin_all(set);
-  const std::optional<std::int64_t> step = tape ? tape->match(id, kind) : std::nullopt;
+  const std::optional<std::int64_t> step = match(id, kind);
   event_step_ = step.value_or(-1);
   ++counts.acquires;
   ring_.add(EventKind::acquire_begin, -1, -1, event_step_, static_cast<std::int32_t>(id.value));
@@ -170,6 +170,17 @@ void Residency::mark_written(SetId id) {
     entry.host_stale = true;
     stale_host_pages.push_back(page);
   }
+}
+
+std::optional<std::int64_t> Residency::match(SetId id, AcquireKind kind) {
+  if (!tape) return std::nullopt;
+  const std::uint64_t switches = tape->switches;
+  const std::optional<std::int64_t> step = tape->match(id, kind);
+  if (tape->switches != switches) {  // other actions may start now, and pages be missing that nobody waits for yet
+    hungry = false;
+    wake();
+  }
+  return step;
 }
 
 void Residency::enlist(Waiter& waiter) {
@@ -300,11 +311,50 @@ void Residency::begin_pass() {
   wake_if_hungry();
 }
 
-void Residency::set_schedule(std::unique_ptr<Tape> new_tape) {
+void Residency::set_schedule(std::optional<Schedule> schedule) {
   const std::lock_guard lock(mutex);
-  tape = std::move(new_tape);
+  tape = schedule ? std::make_unique<Tape>(ScheduleId{schedules_added_++}, *std::move(schedule)) : nullptr;
   hungry = false;
   wake();
+}
+
+ScheduleId Residency::add_schedule(Schedule schedule, ScheduleKind kind) {
+  const std::lock_guard lock(mutex);
+  const ScheduleId id{schedules_added_};
+  if (tape) {
+    tape->add(id, std::move(schedule), kind);
+  } else {
+    tape = std::make_unique<Tape>(id, std::move(schedule), kind);
+    hungry = false;
+    wake();
+  }
+  ++schedules_added_;
+  return id;
+}
+
+void Residency::follow_schedule(ScheduleId id) {
+  const std::lock_guard lock(mutex);
+  if (!tape) throw Error(ErrorKind::invalid, "no schedule is known");
+  tape->follow(id);
+  hungry = false;
+  wake();
+}
+
+void Residency::forget_schedule(ScheduleId id) {
+  const std::lock_guard lock(mutex);
+  if (!tape) throw Error(ErrorKind::invalid, "no schedule is known");
+  if (tape->known_count() == 1 && tape->followed() == id) {
+    tape = nullptr;
+  } else {
+    tape->forget(id);
+  }
+  hungry = false;
+  wake();
+}
+
+std::optional<ScheduleId> Residency::followed_schedule() const {
+  const std::lock_guard lock(mutex);
+  return tape ? std::optional(tape->followed()) : std::nullopt;
 }
 
 Counters Residency::counters() const {
@@ -325,6 +375,7 @@ std::uint64_t Residency::events_overwritten() const {
 void Residency::reset_statistics() {
   const std::lock_guard lock(mutex);
   counts = Counters{};
+  if (tape) tape->switches = tape->jumps = tape->off_schedule = 0;
   ring_.clear();
 }
 
@@ -341,11 +392,10 @@ std::size_t Residency::pinned_pages() const {
   return pinned_pages_;
 }
 
-void Residency::tape_counters(std::int64_t& position, std::uint64_t& jumps, std::uint64_t& off_schedule) const {
+TapeCounters Residency::tape_counters() const {
   const std::lock_guard lock(mutex);
-  position = tape ? tape->position() : 0;
-  jumps = tape ? tape->jumps : 0;
-  off_schedule = tape ? tape->off_schedule : 0;
+  if (!tape) return {};
+  return {tape->position(), tape->switches, tape->jumps, tape->off_schedule};
 }
 
 // ---------------------------------------------------------------- the executor's side
@@ -357,6 +407,11 @@ void Residency::wake() noexcept {
 
 void Residency::wake_if_hungry() {
   if (!hungry || !tape) return;
+  if (tape->catch_up_is_next()) {  // for want of a frame, which a release may have freed
+    hungry = false;
+    wake();
+    return;
+  }
   if (tape->schedule().action_count() == 0) return;
   const Action action = tape->schedule().action(tape->next_action);
   if (action.step > tape->position()) return;

@@ -30,7 +30,7 @@
 #include "mem/address_space.hpp"
 #include "pager/event_ring.hpp"
 #include "pager/page_table.hpp"
-#include "pager/schedule.hpp"
+#include "pager/tape.hpp"
 
 namespace tp {
 
@@ -62,6 +62,11 @@ struct Counters {
   std::uint64_t failures = 0;  // transfers that failed
   std::uint64_t passes = 0;
   std::uint64_t pinned_pages_max = 0;
+};
+
+struct TapeCounters {
+  std::int64_t position = 0;
+  std::uint64_t switches = 0, jumps = 0, off_schedule = 0;
 };
 
 // One thread that waits for pages. Lives on that thread's stack, linked under the lock, unlinked before it is told.
@@ -108,7 +113,14 @@ class Residency {
   // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
   bool touch(PageId page, bool write, const char** reason) noexcept;
   void begin_pass();
-  void set_schedule(std::unique_ptr<Tape> tape);
+  // The only known schedule from now on, followed from its start; nothing: none is known.
+  void set_schedule(std::optional<Schedule> schedule);
+  // Known beside the others. The first is followed at once, any other when follow_schedule says so or a pass turns out
+  // to take its steps. Error(invalid) when kSchedulesMax are known.
+  ScheduleId add_schedule(Schedule schedule, ScheduleKind kind);
+  void follow_schedule(ScheduleId id);  // from its start; Error(invalid)
+  void forget_schedule(ScheduleId id);  // Error(invalid)
+  std::optional<ScheduleId> followed_schedule() const;
   Counters counters() const;
   std::vector<Event> events() const;
   std::uint64_t events_overwritten() const;
@@ -116,7 +128,7 @@ class Residency {
   std::vector<std::uint8_t> page_states() const;
   std::size_t pinned_pages() const;
   std::size_t pinnable_pages() const noexcept { return frame_count_ - fault_frames_; }
-  void tape_counters(std::int64_t& position, std::uint64_t& jumps, std::uint64_t& off_schedule) const;
+  TapeCounters tape_counters() const;  // zeros while no schedule is known
 
   // ---- the executor's side: call with `mutex` held ----
   mutable std::mutex mutex;
@@ -142,6 +154,7 @@ class Residency {
   void page_failed(PageId page, const Error& error);
   void fail_all_waiters(const Error& error);
   void fail_waiter(Waiter& waiter, const Error& error);
+  const PageSet& known_set(SetId id) const { return *sets_[id.value]; }
   // The unpinned resident page with the furthest next use (least recently used without a schedule); only one that is
   // used after step `used_after`, if given, and only a clean one when clean_only. Invalid when there is none.
   PageId choose_victim(std::int64_t used_after, bool clean_only) const;
@@ -150,6 +163,7 @@ class Residency {
   // Larger goes first; nothing for a page that is used too soon to go.
   std::optional<std::int64_t> eviction_rank(PageId page, std::int64_t used_after) const;
   void throw_if_closing() const;
+  std::optional<std::int64_t> match(SetId id, AcquireKind kind);
   void pin_all(const PageSet& set);
   void unpin_all(const PageSet& set, std::uint64_t release_point = 0);
   std::uint64_t copy_point(const PageSet& set) const;
@@ -170,6 +184,7 @@ class Residency {
   std::atomic<IoQueue*> waker_{nullptr};
   std::vector<std::unique_ptr<std::string>> messages_;
   std::int64_t event_step_ = -1;
+  std::uint32_t schedules_added_ = 0;
 };
 
 }  // namespace tp

@@ -136,25 +136,15 @@ std::optional<std::int64_t> Schedule::next_page_in(PageId page, std::int64_t fro
   return actions_by_page_.next(page.value, from, action_count());
 }
 
-std::optional<std::int64_t> Tape::match(SetId set, AcquireKind kind) {
-  if (schedule_.set_of(position_) == set) return position_++;
-  if (kind == AcquireKind::step) {
-    // Further on in this pass: the model left steps out (an expert not chosen, an early exit). Far ahead means that it
-    // went back instead (recomputation, a module called again), and the schedule stays where it is.
-    const std::optional<std::int64_t> found = schedule_.next_step_of(set, position_);
-    if (found && *found - position_ <= schedule_.step_count() / 2) {
-      ++jumps;
-      position_ = *found + 1;
-      return found;
-    }
-  }
-  ++off_schedule;
-  return std::nullopt;
+std::int64_t Schedule::first_action_due_at(std::int64_t step) const {
+  const auto due = [](const Action& action, std::int64_t at) { return action.deadline < at; };
+  return std::lower_bound(actions_.begin(), actions_.end(), step, due) - actions_.begin();
 }
 
-void Tape::begin_pass() noexcept {
-  const std::int64_t steps = schedule_.step_count();
-  position_ = (position_ + steps - 1) / steps * steps;
+std::int64_t Schedule::common_prefix(const Schedule& other) const {
+  std::int64_t length = 0;
+  while (length < other.step_count() && set_of(length) == other.set_of(length)) ++length;
+  return length;
 }
 
 }  // namespace tp

@@ -4,10 +4,6 @@
 //
 // Absolute numbers run on across cycles: step s of cycle c is c * step_count + s, and likewise for actions.
 //
-// Tape: where the run is on the schedule. An acquire that is the expected next step moves the position by one. One that
-// is found a little further on (the model left steps out) jumps there. Anything else leaves the position alone: it is
-// off schedule.
-//
 // Threads: under the lock of Residency. Blocking: never. Errors: Error(invalid) from the constructor, naming array and
 // index.
 #pragma once
@@ -56,6 +52,10 @@ class Schedule {
   std::optional<std::int64_t> next_use(PageId page, std::int64_t from) const;
   // First absolute action at or after `from` that brings the page in.
   std::optional<std::int64_t> next_page_in(PageId page, std::int64_t from) const;
+  // First absolute action of the first cycle whose deadline is `step` or later; action_count() when there is none.
+  std::int64_t first_action_due_at(std::int64_t step) const;
+  // How many steps of one cycle of `other` are the first steps of this one, repeated for ever. O(steps of other).
+  std::int64_t common_prefix(const Schedule& other) const;
 
  private:
   // For each key, the ascending positions at which it occurs in one cycle, as compressed rows.
@@ -71,28 +71,6 @@ class Schedule {
   std::vector<std::uint32_t> initial_rank_;  // by page
   std::vector<Action> actions_;
   Occurrences steps_by_set_, uses_by_page_, actions_by_page_;
-};
-
-enum class AcquireKind : std::uint8_t { step, stray };  // a module's window, or an access outside of any
-
-class Tape {
- public:
-  explicit Tape(Schedule schedule) : schedule_(std::move(schedule)) {}
-  const Schedule& schedule() const noexcept { return schedule_; }
-  std::int64_t position() const noexcept { return position_; }  // steps acquired so far; the next one's number
-
-  // The absolute step that this acquire is, and the position moves behind it; nothing when off schedule.
-  std::optional<std::int64_t> match(SetId set, AcquireKind kind);
-  void begin_pass() noexcept;
-
-  std::int64_t next_action = 0;    // absolute; the executor's
-  std::size_t next_initial = 0;    // into initial_pages; the executor's
-  std::uint64_t jumps = 0;         // acquires found further on
-  std::uint64_t off_schedule = 0;  // acquires not found
-
- private:
-  Schedule schedule_;
-  std::int64_t position_ = 0;
 };
 
 }  // namespace tp

@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <map>
 #include <random>
 #include <set>
@@ -65,6 +66,11 @@ class Replay {
   std::set<std::int32_t> resident_;
 };
 
+struct RandomSchedule {
+  std::vector<std::int32_t> step_set, initial, step, deadline, page_in, evict;
+  ScheduleArrays arrays() const { return {step_set, initial, step, deadline, page_in, evict}; }
+};
+
 // A pager, a file and a spill region, with what every page must show.
 class Shadow {
  public:
@@ -104,7 +110,10 @@ class Shadow {
     words(page)[0] = value;
     written_[page] = value;
   }
+  // Beginning with the first steps of step_set_.
+  RandomSchedule random_schedule(Random& random, std::size_t prefix_steps) const;
   void set_random_schedule(Random& random);
+  void run_pass(Random& random, const std::vector<std::int32_t>& step_set);
   void acquire_and_check(Random& random, std::size_t set, AcquireKind kind);
 
   PatternFile file_;
@@ -132,24 +141,49 @@ class Shadow {
 };
 
 // Any arrays that pass the checks: a schedule may be useless, never wrong.
-void Shadow::set_random_schedule(Random& random) {
-  const std::size_t steps = 1 + below(random, 20), actions = below(random, 30);
-  std::vector<std::int32_t> initial, step, deadline, page_in, evict;
-  step_set_.clear();
-  for (std::size_t i = 0; i < steps; ++i)
-    step_set_.push_back(static_cast<std::int32_t>(sets_[below(random, sets_.size())].value));
+RandomSchedule Shadow::random_schedule(Random& random, std::size_t prefix_steps) const {
+  RandomSchedule result;
+  const std::size_t steps = std::max<std::size_t>(1 + below(random, 20), prefix_steps), actions = below(random, 30);
+  result.step_set.assign(step_set_.begin(), step_set_.begin() + static_cast<std::ptrdiff_t>(prefix_steps));
+  while (result.step_set.size() < steps)
+    result.step_set.push_back(static_cast<std::int32_t>(sets_[below(random, sets_.size())].value));
   for (std::size_t i = 0; i < below(random, pager_.frame_count() + 1); ++i)
-    initial.push_back(static_cast<std::int32_t>(below(random, pages_)));
+    result.initial.push_back(static_cast<std::int32_t>(below(random, pages_)));
   for (std::size_t i = 0; i < actions; ++i) {
-    step.push_back(static_cast<std::int32_t>(below(random, steps + 1)));
-    deadline.push_back(static_cast<std::int32_t>(below(random, 2 * steps)));
-    page_in.push_back(static_cast<std::int32_t>(below(random, pages_)));
-    evict.push_back(static_cast<std::int32_t>(below(random, pages_ + 1)) - 1);
+    result.step.push_back(static_cast<std::int32_t>(below(random, steps + 1)));
+    result.deadline.push_back(static_cast<std::int32_t>(below(random, 2 * steps)));
+    result.page_in.push_back(static_cast<std::int32_t>(below(random, pages_)));
+    result.evict.push_back(static_cast<std::int32_t>(below(random, pages_ + 1)) - 1);
   }
-  std::sort(step.begin(), step.end());
-  std::sort(deadline.begin(), deadline.end());
-  for (std::size_t i = 0; i < actions; ++i) step[i] = std::min(step[i], deadline[i]);
-  pager_.set_schedule({step_set_, initial, step, deadline, page_in, evict});
+  std::sort(result.step.begin(), result.step.end());
+  std::sort(result.deadline.begin(), result.deadline.end());
+  for (std::size_t i = 0; i < actions; ++i) result.step[i] = std::min(result.step[i], result.deadline[i]);
+  return result;
+}
+
+void Shadow::set_random_schedule(Random& random) {
+  const RandomSchedule schedule = random_schedule(random, 0);
+  step_set_ = schedule.step_set;
+  pager_.set_schedule(schedule.arrays());
+}
+
+// One pass that takes these steps but for a stray access, a raw touch or another step now and then; it may end early.
+void Shadow::run_pass(Random& random, const std::vector<std::int32_t>& step_set) {
+  pager_.begin_pass();
+  for (const std::int32_t value : step_set) {
+    const std::size_t choice = below(random, 40);
+    std::size_t set = 0;
+    while (sets_[set].value != static_cast<std::uint32_t>(value)) ++set;
+    if (choice == 0) return;
+    if (choice == 1) {
+      ASSERT_NO_FATAL_FAILURE(check_page(below(random, pages_)));
+    }
+    if (choice == 2) {
+      ASSERT_NO_FATAL_FAILURE(acquire_and_check(random, set, AcquireKind::stray));
+    }
+    if (choice == 3) set = below(random, sets_.size());
+    ASSERT_NO_FATAL_FAILURE(acquire_and_check(random, set, AcquireKind::step));
+  }
 }
 
 void Shadow::acquire_and_check(Random& random, std::size_t set, AcquireKind kind) {
@@ -197,6 +231,133 @@ TEST(Executor, a_thousand_random_schedules_show_the_right_bytes_within_the_budge
     evictions += replay.evictions;
   }
   EXPECT_GT(evictions, static_cast<std::size_t>(kPagers) * 20);  // the runs were tight enough to mean something
+}
+
+// Known schedules that share some of their first steps, and passes that change between them anywhere.
+TEST(Executor, a_thousand_random_mixtures_of_passes_show_the_right_bytes_within_the_budget) {
+  std::size_t evictions = 0, switches = 0;
+  for (int pager_number = 0; pager_number < kPagers; ++pager_number) {
+    Random random(5000 + static_cast<std::uint64_t>(pager_number));
+    SCOPED_TRACE("seed " + std::to_string(5000 + pager_number));
+    const std::size_t frames = 2 * kFaultFrames + below(random, 12);
+    Shadow shadow(random, frames);
+    Replay replay(frames);
+    for (int mixture = 0; mixture < kSchedulesPerPager; ++mixture) {
+      shadow.set_random_schedule(random);
+      std::vector<std::vector<std::int32_t>> passes{shadow.step_set_};
+      std::vector<ScheduleId> known{*shadow.pager_.followed_schedule()};
+      for (std::size_t i = 0; i < 1 + below(random, 5); ++i) {
+        const RandomSchedule schedule = shadow.random_schedule(random, below(random, shadow.step_set_.size() + 1));
+        const auto kind = below(random, 8) == 0 ? ScheduleKind::common : ScheduleKind::exact;
+        known.push_back(shadow.pager_.add_schedule(schedule.arrays(), kind));
+        passes.push_back(schedule.step_set);
+      }
+      for (int pass = 0; pass < 4; ++pass)
+        ASSERT_NO_FATAL_FAILURE(shadow.run_pass(random, passes[below(random, passes.size())]));
+      switches += shadow.pager_.residency().tape_counters().switches;
+      shadow.pager_.follow_schedule(known[below(random, known.size())]);
+      ASSERT_NO_FATAL_FAILURE(shadow.run_pass(random, passes[below(random, passes.size())]));
+      shadow.pager_.forget_schedule(known[below(random, known.size())]);
+    }
+    EXPECT_EQ(shadow.pager_.residency().pinned_pages(), 0u);
+    EXPECT_LE(shadow.pager_.bytes_in_use_max(), frames * kPage);
+    ASSERT_EQ(shadow.pager_.residency().events_overwritten(), 0u);
+    ASSERT_NO_FATAL_FAILURE(replay.check(shadow.pager_.residency().events()));
+    evictions += replay.evictions;
+  }
+  EXPECT_GT(evictions, static_cast<std::size_t>(kPagers) * 20);
+  EXPECT_GT(switches, static_cast<std::size_t>(kPagers) * 10);
+}
+
+// Two passes with the same first steps, in turn: only the step at which they part is a surprise.
+TEST(Executor, after_a_switch_the_rest_of_the_pass_is_read_ahead) {
+  const PatternFile file(16 * kPage, 8, kMemoryDirectory);
+  Pager pager(Shadow::options(10));
+  const Region region = pager.map_file(file.path());
+  std::vector<std::int32_t> sets;
+  for (std::size_t i = 0; i < 8; ++i)
+    sets.push_back(
+        static_cast<std::int32_t>(pager.add_set({{region.address + 2 * i * kPage, 2 * kPage}}, "two").value));
+  // Sets 0 and 1, then 2, 3, 4 or 5, 6, 7: either way ten pages, which are all kept from pass to pass.
+  std::vector<std::vector<std::int32_t>> passes(2), pages(2);
+  for (std::int32_t i = 0; i < 10; ++i) {
+    pages[0].push_back(i);
+    pages[1].push_back(i < 4 ? i : i + 6);
+  }
+  for (const std::size_t set : {0u, 1u, 2u, 3u, 4u}) passes[0].push_back(sets[set]);
+  for (const std::size_t set : {0u, 1u, 5u, 6u, 7u}) passes[1].push_back(sets[set]);
+  const std::vector<std::int32_t> none;
+  pager.set_schedule({passes[0], pages[0], none, none, none, none});
+  pager.add_schedule({passes[1], pages[1], none, none, none, none});
+  constexpr std::uint64_t kPasses = 20;
+  for (std::size_t pass = 0; pass < kPasses; ++pass) {
+    pager.begin_pass();
+    for (const std::int32_t value : passes[pass % 2]) {
+      const SetId set{static_cast<std::uint32_t>(value)};
+      pager.acquire(set, {});
+      const std::size_t word = pager.set(set).pages[0].value * kWordsPerPage + 1;
+      ASSERT_EQ(reinterpret_cast<const std::uint64_t*>(region.address)[word], pattern(word, 8));
+      pager.release(set);
+    }
+  }
+  const TapeCounters tape = pager.residency().tape_counters();
+  EXPECT_EQ(tape.switches, kPasses - 1);
+  EXPECT_EQ(tape.jumps + tape.off_schedule, 0u);
+  const Counters counts = pager.residency().counters();
+  EXPECT_EQ(counts.faults, 2 * (kPasses - 1));
+  EXPECT_EQ(counts.page_ins, 10 + 6 * (kPasses - 1));
+}
+
+TEST(Executor, known_schedules_come_and_go_while_threads_run_passes) {
+  const PatternFile file(24 * kPage, 9, kMemoryDirectory);
+  Pager pager(Shadow::options(12));
+  const Region region = pager.map_file(file.path());
+  std::vector<std::int32_t> sets;
+  for (std::size_t page = 0; page < 24; ++page)
+    sets.push_back(static_cast<std::int32_t>(pager.add_set({{region.address + page * kPage, kPage}}, "one").value));
+  const auto pass_of = [&sets](std::size_t branch) {
+    std::vector<std::int32_t> steps(sets.begin(), sets.begin() + 6);
+    for (std::size_t i = 0; i < 6; ++i) steps.push_back(sets[6 + (branch + i) % 18]);
+    return steps;
+  };
+  std::atomic<std::size_t> wrong{0};
+  std::atomic<bool> running{true};
+  std::vector<std::thread> threads;
+  for (std::uint64_t seed = 0; seed < 3; ++seed) {
+    threads.emplace_back([&, seed] {
+      Random mine(seed);
+      for (int pass = 0; pass < 25; ++pass) {
+        pager.begin_pass();
+        for (const std::int32_t value : pass_of(3 * below(mine, 6))) {
+          const SetId set{static_cast<std::uint32_t>(value)};
+          pager.acquire(set, {});
+          const std::size_t word = pager.set(set).pages[0].value * kWordsPerPage + 2;
+          wrong += reinterpret_cast<const std::uint64_t*>(region.address)[word] != pattern(word, 9);
+          pager.release(set);
+        }
+      }
+    });
+  }
+  std::thread planner([&] {
+    Random mine(99);
+    const std::vector<std::int32_t> none;
+    std::deque<ScheduleId> known;
+    while (running) {
+      const std::vector<std::int32_t> steps = pass_of(3 * below(mine, 6));
+      const std::vector<std::int32_t> initial(steps.begin(), steps.begin() + 6);
+      known.push_back(pager.add_schedule({steps, initial, none, none, none, none}));
+      if (below(mine, 4) == 0) pager.follow_schedule(known[below(mine, known.size())]);
+      if (known.size() <= 6) continue;
+      pager.forget_schedule(known.front());
+      known.pop_front();
+    }
+  });
+  for (std::thread& thread : threads) thread.join();
+  running = false;
+  planner.join();
+  EXPECT_EQ(wrong, 0u);
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  EXPECT_LE(pager.bytes_in_use_max(), 12 * kPage);
 }
 
 TEST(Executor, many_threads_with_sets_and_raw_touches_see_the_right_bytes) {

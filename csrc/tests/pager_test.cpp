@@ -350,7 +350,7 @@ TEST_P(PagerTest, close_fails_those_who_wait_and_everything_after) {
     std::this_thread::sleep_for(std::chrono::milliseconds(round * 3));
     // Nobody may be reading through a raw pointer when the memory goes: the clients are between acquire and release
     // only.
-    pager.residency().set_schedule(nullptr);
+    pager.residency().set_schedule(std::nullopt);
     std::thread closer([&] {
       const std::lock_guard lock(pager.residency().mutex);
       pager.residency().closing = true;
@@ -363,6 +363,32 @@ TEST_P(PagerTest, close_fails_those_who_wait_and_everything_after) {
     EXPECT_EQ(error_of([&] { pager.hold({region.address, 8}, {}); }).kind(), ErrorKind::closed);
     pager.close();
   }
+}
+
+TEST_P(PagerTest, schedules_are_known_followed_and_forgotten_by_id) {
+  const PatternFile file(4 * kPage);
+  Pager pager(options(16));
+  const Region region = pager.map_file(file.path());
+  const SetId set = pager.add_set({{region.address, kPage}}, "set");
+  const std::vector<std::int32_t> steps{static_cast<std::int32_t>(set.value)}, none;
+  const ScheduleArrays arrays{steps, none, none, none, none, none};
+  EXPECT_EQ(pager.followed_schedule(), std::nullopt);
+  EXPECT_EQ(error_of([&] { pager.follow_schedule(ScheduleId{0}); }).kind(), ErrorKind::invalid);
+  const ScheduleId first = pager.add_schedule(arrays), second = pager.add_schedule(arrays);
+  EXPECT_EQ(pager.followed_schedule(), first);
+  pager.follow_schedule(second);
+  EXPECT_EQ(pager.followed_schedule(), second);
+  pager.forget_schedule(second);
+  EXPECT_EQ(pager.followed_schedule(), first);
+  EXPECT_EQ(error_of([&] { pager.forget_schedule(second); }).kind(), ErrorKind::invalid);
+  pager.forget_schedule(first);
+  EXPECT_EQ(pager.followed_schedule(), std::nullopt);
+  EXPECT_EQ(error_of([&] { pager.forget_schedule(first); }).kind(), ErrorKind::invalid);
+  pager.add_schedule(arrays);
+  pager.set_schedule(arrays);
+  EXPECT_EQ(error_of([&] { pager.follow_schedule(first); }).kind(), ErrorKind::invalid);
+  pager.clear_schedule();
+  EXPECT_EQ(pager.followed_schedule(), std::nullopt);
 }
 
 INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread"),

@@ -48,6 +48,20 @@ TEST(Schedule, numbers_run_on_across_cycles) {
   EXPECT_EQ(schedule.initial_rank(PageId{99}), 2u);  // mapped later
 }
 
+TEST(Schedule, finds_what_is_due_and_what_two_have_in_common) {
+  const Schedule schedule = Example{}.build();
+  EXPECT_EQ(schedule.first_action_due_at(0), 0);
+  EXPECT_EQ(schedule.first_action_due_at(3), 1);
+  EXPECT_EQ(schedule.first_action_due_at(5), 2);
+  Example other;
+  other.step_set = {0, 1, 2, 1, 0, 1, 0};  // goes on into the second cycle
+  EXPECT_EQ(schedule.common_prefix(other.build()), 6);
+  EXPECT_EQ(other.build().common_prefix(schedule), 4);
+  other.step_set = {1};
+  other.step = other.deadline = other.page_in = other.evict = {};
+  EXPECT_EQ(schedule.common_prefix(other.build()), 0);
+}
+
 TEST(Schedule, refuses_each_broken_rule_by_name) {
   Example example;
   example.step_set.clear();
@@ -77,37 +91,6 @@ TEST(Schedule, refuses_each_broken_rule_by_name) {
   example = Example{};
   example.initial = {0, 1, 2};
   EXPECT_NE(refusal(example).find("more pages than there are frames"), std::string::npos);
-}
-
-TEST(Tape, follows_the_expected_steps_for_ever) {
-  Tape tape(Example{}.build());
-  for (const std::int32_t set : {0, 1, 2, 1, 0, 1, 2, 1}) {
-    const std::int64_t expected = tape.position();
-    EXPECT_EQ(tape.match(SetId{static_cast<std::uint32_t>(set)}, AcquireKind::step), expected);
-  }
-  EXPECT_EQ(tape.position(), 8);
-  EXPECT_EQ(tape.jumps + tape.off_schedule, 0u);
-}
-
-TEST(Tape, jumps_over_steps_left_out_but_not_back_or_for_stray_accesses) {
-  Tape tape(Example{}.build());
-  EXPECT_EQ(tape.match(SetId{2}, AcquireKind::step), 2);  // 0 and 1 left out
-  EXPECT_EQ(tape.position(), 3);
-  EXPECT_EQ(tape.jumps, 1u);
-  EXPECT_EQ(tape.match(SetId{2}, AcquireKind::step), std::nullopt);  // 3 steps ahead in the next cycle: a repetition
-  EXPECT_EQ(tape.match(SetId{0}, AcquireKind::stray), std::nullopt);
-  EXPECT_EQ(tape.position(), 3);
-  EXPECT_EQ(tape.off_schedule, 2u);
-  EXPECT_EQ(tape.match(SetId{1}, AcquireKind::stray), 3);  // a stray access that the trace had seen here
-}
-
-TEST(Tape, begin_pass_goes_to_the_next_start_of_the_cycle) {
-  Tape tape(Example{}.build());
-  tape.begin_pass();
-  EXPECT_EQ(tape.position(), 0);
-  tape.match(SetId{0}, AcquireKind::step);
-  tape.begin_pass();
-  EXPECT_EQ(tape.position(), 4);
 }
 
 }  // namespace

@@ -108,6 +108,20 @@ class Pager:
         """
         Wait until every page of the set is resident and forbid eviction until release(). Counted. On a device: until the copies are issued, and the stream (a raw handle) waits for them. Raises BudgetError, IoError, DeviceError, ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.
         """
+    def add_schedule(
+        self,
+        *,
+        step_set: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        initial_pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_step: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_deadline: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_page_in: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        action_evict: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        common: bool = False,
+    ) -> int:
+        """
+        Know one more schedule (see set_schedule) beside the others; returns its id. The first is followed at once. A pass that leaves the followed one for steps with which another begins goes on with that one. common: it is what several passes have in common, so steps that are not in it are no reason to leave it. ValueError.
+        """
     def add_set(
         self,
         ranges: collections.abc.Sequence[
@@ -122,7 +136,10 @@ class Pager:
         """
         The model's root is entered: the schedule's position goes to the next start of its cycle.
         """
-    def clear_schedule(self) -> None: ...
+    def clear_schedule(self) -> None:
+        """
+        Forget every schedule.
+        """
     def close(self) -> None:
         """
         Drain transfers, fail those who wait, free the memory. Idempotent.
@@ -131,6 +148,14 @@ class Pager:
     def events(self) -> numpy.ndarray:
         """
         The last events, oldest first; see EVENT_KINDS.
+        """
+    def follow_schedule(self, schedule_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Follow a known schedule from the start of its cycle. ValueError.
+        """
+    def forget_schedule(self, schedule_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        If it is followed, the known one that was followed before it is followed next. ValueError.
         """
     def hold(
         self,
@@ -192,7 +217,7 @@ class Pager:
         action_evict: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
     ) -> None:
         """
-        One cycle, repeated for ever; tensorpager.pass_plan defines the arrays (int32). ValueError names array and index.
+        One cycle, repeated for ever; tensorpager.pass_plan defines the arrays (int32). ValueError names array and index. It is followed from its start, and every other one forgotten.
         """
     def stats(self) -> dict[str, typing.Any]:
         """
@@ -221,6 +246,11 @@ class Pager:
     def device_memory_is_host_memory(self) -> bool:
         """
         With a stand-in for the driver: tensors are the CPU's.
+        """
+    @property
+    def followed_schedule(self) -> int | None:
+        """
+        Id of the schedule that is followed, or None. A pass may change it at any acquire.
         """
     @property
     def frame_count(self) -> int: ...

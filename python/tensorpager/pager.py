@@ -68,8 +68,10 @@ class Pager:
         ...): paged_tensors and paged_bytes (of the model), spill_reserved_bytes (the part of it that is in no
         checkpoint), hit_rate (page accesses that needed no page-in, of all), and schedule: its certificate (see
         page_schedule.PageSchedule), or None. plans: passes that were planned for one by one; expected_plans: plans for
-        what many different passes have in common; mispredicted_passes: of passes, those that took other steps than
-        expected. trace_failure and plan_failure say why there is no schedule, or None.
+        what many different passes have in common; schedule_switches: steps at which a pass left
+        its schedule and went on with another known one; mispredicted_passes: of passes, those whose steps were not
+        those of the schedule followed at their end, switched to or not. trace_failure and plan_failure say why there is
+        no schedule, or None.
         """
         director = self._director
         counters: dict[str, Any] = dict(self._core.stats())

@@ -3,10 +3,12 @@
 
 Before the first pass the steps are found on fake tensors (`fake_pass.py`) and planned. Every pass is recorded by the
 core; one that took other steps than the schedule's is planned for from what was recorded, a few times at most. After
-that the passes differ for good, and what most of them have in common is planned for (`expected_pass.py`). Between
-passes only: a pass that leaves the schedule is served on demand, and the rest of the schedule is still followed.
+that the passes differ for good, and what most of them have in common is planned for (`expected_pass.py`).
 
 Which of several known passes comes next is told from the shapes of the arguments: a prompt, a token, another length.
+The core knows all of their schedules. A pass that leaves the one expected for the steps of another that began in the
+same way goes on with that one, from that very step (`csrc/pager/tape.hpp`); one that is none of them is served on
+demand, and the rest of the schedule is still followed.
 
 Threads: passes may run concurrently; one of them at a time is recorded.
 """
@@ -62,9 +64,10 @@ class PassDirector:
         self._schedules: dict[
             bytes, PageSchedule | None
         ] = {}  # by the events of the pass; None: it could not be planned
-        self._current: bytes | None = None
+        self._known: dict[int, tuple[bytes, PageSchedule]] = {}  # what the core knows, by its id
+        self._common: int | None = None  # of these, the one for what passes have in common
+        self._followed_at_begin: int | None = None  # of the recorded pass
         self._previous_pass: bytes | None = None
-        self.schedule: PageSchedule | None = None
         self.trace_failure: str | None = None
         self.plan_failure: str | None = None
         self.plan_count = 0
@@ -82,6 +85,21 @@ class PassDirector:
         """The recorded pass whose schedule the core follows (see `_core.Pager.record_end`), or None."""
         current = self._current
         return None if current is None else np.frombuffer(current, np.int32)
+
+    @property
+    def schedule(self) -> PageSchedule | None:
+        """The schedule that the core follows, or None. A pass under way may change it at any step."""
+        followed = self._followed()
+        return None if followed is None else followed[1]
+
+    @property
+    def _current(self) -> bytes | None:
+        followed = self._followed()
+        return None if followed is None else followed[0]
+
+    def _followed(self) -> tuple[bytes, PageSchedule] | None:
+        followed = self._core.followed_schedule
+        return None if followed is None else self._known.get(followed)
 
     def enter(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
         """The root module is called. Nested calls belong to the outermost one's pass."""
@@ -115,6 +133,7 @@ class PassDirector:
             if self._recorded_thread is not None:
                 return
             self._core.record_begin(False)
+            self._followed_at_begin = self._core.followed_schedule
             self._recorded_thread = threading.get_ident()
 
     def _end_recording(self) -> npt.NDArray[np.int32] | None:
@@ -150,14 +169,20 @@ class PassDirector:
                 self._put(key, self._schedules[key])
 
     def _follow(self, events: npt.NDArray[np.int32]) -> None:
-        """A pass took these steps. Plan for it if it is new; go back to a known one when it comes twice in a row."""
+        """A pass took these steps. Plan for it if it is new; go back to a known one when it comes twice in a row.
+
+        Its schedule is asked for at its end: one that the core switched to in time was expected, one that it only began
+        like was not. Then the core goes back to what it followed before.
+        """
         key = events.tobytes()
         with self._lock:
             repeated = key == self._previous_pass
             self._previous_pass = key
             self._history.add(events)
             self.pass_count += 1
-            self.mispredicted_pass_count += self._current is not None and key != self._current
+            if self._current not in (None, key):
+                self.mispredicted_pass_count += 1
+                self._follow_as_before()
             if key not in self._schedules and len(self._schedules) >= PASS_PLANS_MAX:
                 self._expect()
             elif key not in self._schedules:
@@ -173,6 +198,11 @@ class PassDirector:
         if tell:
             _tell(self.mispredicted_pass_count, self.pass_count)
 
+    def _follow_as_before(self) -> None:
+        began = self._followed_at_begin
+        if began in self._known and began != self._core.followed_schedule:
+            self._core.follow_schedule(began)
+
     def _expect(self) -> None:
         """A pass that will have no schedule of its own. Now and then, plan for what the last ones have in common."""
         self._unplanned_count += 1
@@ -182,10 +212,19 @@ class PassDirector:
         key = expected.tobytes()
         if len(expected) == 0 or key == self._current:
             return
-        schedule = self._schedules.get(key) or self._schedule_for(expected)
-        if schedule is not None:
-            self.expected_plan_count += 1
-            self._put(key, schedule)
+        known = self._schedules.get(key)
+        schedule = known or self._schedule_for(expected)
+        if schedule is None:
+            return
+        self.expected_plan_count += 1
+        if known is not None:
+            self._put(key, known)
+            return
+        outdated, self._common = self._common, self._make_known(key, schedule, common=True)
+        self._core.follow_schedule(self._common)
+        if outdated is not None:
+            self._core.forget_schedule(outdated)
+            del self._known[outdated]
 
     def _plan(self, events: npt.NDArray[np.int32]) -> None:
         key = events.tobytes()
@@ -219,21 +258,29 @@ class PassDirector:
     def _put(self, key: bytes, schedule: PageSchedule | None) -> None:
         if schedule is None:
             return
-        self._core.set_schedule(
+        known = (
+            number for number, (known_key, _) in self._known.items() if known_key == key and number != self._common
+        )
+        number = next(known, None)
+        self._core.follow_schedule(self._make_known(key, schedule, common=False) if number is None else number)
+
+    def _make_known(self, key: bytes, schedule: PageSchedule, *, common: bool) -> int:
+        number = self._core.add_schedule(
             step_set=schedule.step_set,
             initial_pages=schedule.initial_pages,
             action_step=schedule.action_step,
             action_deadline=schedule.action_deadline,
             action_page_in=schedule.action_page_in,
             action_evict=schedule.action_evict,
+            common=common,
         )
-        self._current = key
-        self.schedule = schedule
+        self._known[number] = (key, schedule)
+        return number
 
 
 def _tell(mispredicted: int, passes: int) -> None:
     message = (
-        f"{mispredicted} of the first {passes} passes of the paged model took other steps than its schedule expected, "
+        f"{mispredicted} of the first {passes} passes of the paged model took other steps than its schedules expected, "
         "as models do that choose experts, leave early, or are called in several ways. Results are not affected. What "
         "was not expected is read when it is needed, which is slower; Pager.stats() counts it (mispredicted_passes, "
         "faults). This is told once."
