@@ -496,10 +496,10 @@ Result StandinWorld::cuStreamWaitValue32(cuda::Stream handle, DevicePtr address,
   operation->body = [=, this](StandinOperation& self) -> Result {
     bool is_mapped = true;
     const bool was_met = streams_->wait_for_value([&] {
-      const auto pieces = memory_->find(address, kValueBytes, false);
-      is_mapped = pieces.has_value();
+      std::vector<StandinPiece> pieces;
+      is_mapped = memory_->find(address, kValueBytes, false, pieces);
       if (!is_mapped) return true;
-      if (!value_holds(load(pieces->front().memory), value, how)) return false;
+      if (!value_holds(load(pieces.front().memory), value, how)) return false;
       const auto written = value_written_ns_.find(address);
       timeline_->opened(self, written != value_written_ns_.end() ? std::optional(written->second) : std::nullopt);
       return true;

@@ -84,7 +84,8 @@ StandinLeaks StandinWorld::reset(const StandinOptions& options) {
   StandinLeaks leaks;
   if (streams_ != nullptr) {
     leaks = alive();
-    streams_.reset();  // joins its threads, which take the lock
+    streams_->stop();  // its threads take the lock, and go through the pointer
+    streams_.reset();
   }
   const std::lock_guard lock(mutex_);
   options_ = options;
@@ -230,7 +231,7 @@ StandinThread& StandinWorld::thread_locked() {
 }
 
 Result StandinWorld::begin(StandinCall call) {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
   const std::string_view name = name_of(call);
   StandinThread& thread = thread_locked();
   ++calls_[static_cast<std::size_t>(call)];
@@ -240,7 +241,9 @@ Result StandinWorld::begin(StandinCall call) {
     streams_->violation_locked(std::string(name) + " was called from a host function");
     return cuda::kErrorNotPermitted;
   }
-  if (const Result injected = inject_locked(call, thread); injected != cuda::kSuccess) return injected;
+  const Result injected = inject_locked(call, thread);
+  if (streams_->context_error_locked() != cuda::kSuccess) streams_->wait_for_copies(lock);
+  if (injected != cuda::kSuccess) return injected;
   if (is_one_of(kNeedsNoContext, name)) return cuda::kSuccess;
   if (streams_->context_error_locked() != cuda::kSuccess) return streams_->context_error_locked();
   if (thread.contexts.empty()) {

@@ -250,26 +250,24 @@ StandinHostMemory StandinMemory::host_memory(const void* memory, std::size_t siz
   return StandinHostMemory::unregistered;
 }
 
-std::optional<std::vector<StandinPiece>> StandinMemory::find(DevicePtr address, std::size_t size_bytes,
-                                                             bool writes) const {
-  std::vector<StandinPiece> pieces;
+bool StandinMemory::find(DevicePtr address, std::size_t size_bytes, bool writes,
+                         std::vector<StandinPiece>& pieces) const {
   if (host_memory(pointer(address), size_bytes) == StandinHostMemory::registered) {
     pieces.push_back({nullptr, pointer(address), size_bytes});
-    return pieces;
+    return true;
   }
   while (size_bytes > 0) {
     const auto next = mappings_.upper_bound(address);
-    if (next == mappings_.begin()) return std::nullopt;
+    if (next == mappings_.begin()) return false;
     const auto& [begin, mapping] = *std::prev(next);
     const std::size_t inside_bytes = address - begin;
-    if (inside_bytes >= mapping.size_bytes || mapping.access < (writes ? cuda::kAccessReadWrite : 1))
-      return std::nullopt;
+    if (inside_bytes >= mapping.size_bytes || mapping.access < (writes ? cuda::kAccessReadWrite : 1)) return false;
     const std::size_t piece_bytes = std::min(size_bytes, mapping.size_bytes - inside_bytes);
     pieces.push_back({mapping.allocation, mapping.allocation->memory + inside_bytes, piece_bytes});
     address += piece_bytes;
     size_bytes -= piece_bytes;
   }
-  return pieces;
+  return true;
 }
 
 }  // namespace tp

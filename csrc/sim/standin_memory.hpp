@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <optional>
+#include <utility>
 #include <vector>
 
 #include "device/cuda_abi.hpp"
@@ -63,8 +63,8 @@ class StandinMemory {
   cuda::Result unregister_host(void* memory);
   StandinHostMemory host_memory(const void* memory, std::size_t size_bytes) const;
 
-  // The memory behind a range, in order of addresses; nothing when any of it may not be touched.
-  std::optional<std::vector<StandinPiece>> find(cuda::DevicePtr address, std::size_t size_bytes, bool writes) const;
+  // The memory behind a range, in order of addresses; false when any of it may not be touched.
+  bool find(cuda::DevicePtr address, std::size_t size_bytes, bool writes, std::vector<StandinPiece>& pieces) const;
 
   std::size_t handles() const { return handles_.size(); }
   std::size_t mappings() const { return mappings_.size() - allocations_; }

@@ -109,9 +109,20 @@ Result StandinStreams::wait(std::unique_lock<std::mutex>& lock,
     return std::all_of(operations.begin(), operations.end(), [](const auto& each) { return each->is_done; });
   };
   changed_.wait(lock, [&] { return is_halted_locked() || all_done(); });
-  if (context_error_ != cuda::kSuccess) return context_error_;
+  if (context_error_ != cuda::kSuccess) {
+    wait_for_copies(lock);
+    return context_error_;
+  }
   for (const StandinOperationPointer& operation : operations) timeline_.observed(*operation);
   return cuda::kSuccess;
+}
+
+void StandinStreams::wait_for_copies(std::unique_lock<std::mutex>& lock) {
+  changed_.wait(lock, [this] {
+    return std::none_of(running_.begin(), running_.end(), [](const StandinOperation* operation) {
+      return operation->engine && *operation->engine != StandinEngine::kernel;
+    });
+  });
 }
 
 void StandinStreams::lose_context_locked(Result result) {
@@ -201,17 +212,17 @@ void StandinStreams::finish_locked(StandinStream& stream, StandinOperation& oper
 bool StandinStreams::touch(StandinOperation& operation, cuda::DevicePtr address, std::size_t size_bytes, bool writes,
                            const Touch& touch) {
   std::unique_lock lock(mutex_);
-  auto pieces = memory_.find(address, size_bytes, writes);
-  if (!pieces) return false;
+  std::vector<StandinPiece> pieces;
+  if (!memory_.find(address, size_bytes, writes, pieces)) return false;
   operation.touched.push_back({address, size_bytes});
   lock.unlock();
   std::size_t offset_bytes = 0;
-  for (const StandinPiece& piece : *pieces) {
+  for (const StandinPiece& piece : pieces) {
     touch(piece.memory, offset_bytes, piece.size_bytes);
     offset_bytes += piece.size_bytes;
   }
   lock.lock();
-  pieces.reset();  // under the lock, since it may be the last to hold an allocation
+  pieces.clear();  // under the lock, since it may be the last to hold an allocation
   return true;
 }
 

@@ -59,6 +59,9 @@ class StandinStreams {
   // Waits until they are done: kSuccess, or the error for which the context is lost.
   cuda::Result wait(std::unique_lock<std::mutex>& lock, const std::vector<StandinOperationPointer>& operations);
 
+  // Until no copy touches memory any more. Whoever is told that the context is lost may give its host memory away.
+  void wait_for_copies(std::unique_lock<std::mutex>& lock);
+
   cuda::Result context_error_locked() const { return context_error_; }
   void lose_context_locked(cuda::Result result);
   void violation_locked(std::string text);

@@ -421,6 +421,7 @@ TEST_F(StandinDriverTest, CopiesOfOneDirectionShareAnEngineAndDirectionsDoNot) {
   EXPECT_EQ(standin().device_end_ns(), 2 * kFrame);
   driver.cuStreamSynchronize(third);
   EXPECT_EQ(standin().host_now_ns(), kFrame);
+  driver.cuStreamSynchronize(first);
   driver.cuStreamSynchronize(second);
   EXPECT_EQ(standin().host_now_ns(), 2 * kFrame);
   EXPECT_EQ(standin().busy_ns(StandinEngine::host_to_device), 2 * kFrame);
@@ -512,6 +513,20 @@ TEST_F(StandinDriverTest, ALostContextEndsEveryWait) {
   gate.hold(on);
   std::thread([&] { standin().lose_context(cuda::kErrorIllegalAddress); }).join();
   EXPECT_EQ(driver.cuStreamSynchronize.result(on), cuda::kErrorIllegalAddress);
+}
+
+// For the sanitizers: the buffer is gone when the call has said that the context is lost.
+TEST_F(StandinDriverTest, WhoeverIsToldOfALostContextMayFreeHostMemory) {
+  for (std::uint64_t seed = 1; seed <= 10; ++seed) {
+    begin({.seed = seed, .delay_max = std::chrono::microseconds(1000)});
+    const DevicePtr address = frame();
+    const cuda::Stream on = stream();
+    std::vector<std::byte> host = bytes(kOne);
+    driver.cuMemcpyHtoDAsync(address, host.data(), kFrame, on);
+    std::this_thread::sleep_for(std::chrono::microseconds(100 * seed));
+    standin().lose_context(cuda::kErrorLaunchFailed);
+    EXPECT_EQ(driver.cuStreamQuery.result(on), cuda::kErrorLaunchFailed);
+  }
 }
 
 TEST_F(StandinDriverTest, ResetTellsWhatWasLeft) {
