@@ -19,6 +19,7 @@ CopyQueue::CopyQueue(std::shared_ptr<const CudaDevice> device)
 }
 
 CopyQueue::~CopyQueue() {
+  const CudaDevice::Current current(*device_);
   device_->driver().cuStreamDestroy.result(to_device_);
   device_->driver().cuStreamDestroy.result(to_host_);
 }

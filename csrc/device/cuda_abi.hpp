@@ -105,6 +105,7 @@ struct MemAccessDesc {
   X(cuCtxGetCurrent, (Context * context))                                                                             \
   X(cuCtxPushCurrent, (Context context))                                                                              \
   X(cuCtxPopCurrent, (Context * context))                                                                             \
+  X(cuCtxSynchronize, ())                                                                                             \
   X(cuMemGetInfo, (std::size_t* free_bytes, std::size_t* total_bytes))                                                \
   X(cuMemGetAllocationGranularity, (std::size_t* bytes, const MemAllocationProp* prop, int option))                   \
   X(cuMemAddressReserve, (DevicePtr * address, std::size_t size_bytes, std::size_t alignment_bytes, DevicePtr wanted, \

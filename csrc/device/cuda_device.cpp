@@ -80,12 +80,10 @@ cuda::Stream CudaDevice::make_stream() const {
   return stream;
 }
 
-CudaDevice::Current::Current(const CudaDevice& device) : device_(device) {
+CudaDevice::Current::Current(const CudaDevice& device) noexcept : device_(device) {
   cuda::Context now = nullptr;
-  device_.driver_.cuCtxGetCurrent(&now);
-  if (now == device_.context_) return;
-  device_.driver_.cuCtxPushCurrent(device_.context_);
-  pushed_ = true;
+  if (device_.driver_.cuCtxGetCurrent.result(&now) == cuda::kSuccess && now == device_.context_) return;
+  pushed_ = device_.driver_.cuCtxPushCurrent.result(device_.context_) == cuda::kSuccess;
 }
 
 CudaDevice::Current::~Current() {

@@ -44,10 +44,11 @@ class CudaDevice {
 
   // Makes the device's context current for the calling thread for good; for threads of our own.
   void bind_thread() const { driver_.cuCtxSetCurrent(context_); }
-  // Makes it current for the calling thread while it lives.
+  // Makes it current for the calling thread while it lives. Throws nothing: where that fails, so does the call it is
+  // for.
   class Current {
    public:
-    explicit Current(const CudaDevice& device);
+    explicit Current(const CudaDevice& device) noexcept;
     ~Current();
     Current(const Current&) = delete;
     Current& operator=(const Current&) = delete;

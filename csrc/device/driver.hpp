@@ -5,7 +5,7 @@
 // it out, for the two calls whose "not ready" is an answer and for destructors.
 //
 // Threads: any, once loaded; the driver's own rules hold (a thread needs a current context for most calls). Blocking:
-// as the driver's call is; none of those we call waits for the device but the two ...Synchronize. Ownership: the
+// as the driver's call is; none of those we call waits for the device but the three ...Synchronize. Ownership: the
 // library stays loaded until the process ends, since the driver does not survive being unloaded. Errors: load() throws
 // Error(engine) with the reason. A call throws Error(memory) when the device is out of memory, else
 //   Error(device), whose message names the call and the driver's own name for the error, and whose error_number() is

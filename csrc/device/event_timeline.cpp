@@ -6,6 +6,7 @@
 namespace tp {
 
 EventTimeline::~EventTimeline() {
+  const CudaDevice::Current current(*device_);
   const CudaDriver& driver = device_->driver();
   // Allowed while an event is pending: the driver frees it once it is reached.
   for (const cuda::Event event : pending_) driver.cuEventDestroy.result(event);
@@ -49,6 +50,13 @@ std::uint64_t EventTimeline::poll() {
     reached_.fetch_add(1, std::memory_order_acq_rel);
   }
   return reached();
+}
+
+void EventTimeline::all_reached() {
+  const std::lock_guard lock(mutex_);
+  unused_.insert(unused_.end(), pending_.begin(), pending_.end());
+  reached_.fetch_add(pending_.size(), std::memory_order_acq_rel);
+  pending_.clear();
 }
 
 }  // namespace tp

@@ -33,6 +33,8 @@ class EventTimeline {
   std::uint64_t recorded() const noexcept { return recorded_.load(std::memory_order_acquire); }
   // Asks the device; returns reached().
   std::uint64_t poll();
+  // The context was synchronised since the last record(): every point is reached.
+  void all_reached();
 
  private:
   std::shared_ptr<const CudaDevice> device_;

@@ -19,6 +19,7 @@ DeviceAddressSpace::DeviceAddressSpace(std::shared_ptr<const CudaDevice> device,
 }
 
 DeviceAddressSpace::~DeviceAddressSpace() {
+  const CudaDevice::Current current(*device_);
   discard();
   for (const Region& region : regions())
     device_->driver().cuMemAddressFree.result(device_pointer(region.reservation), region.reservation_bytes);

@@ -48,7 +48,10 @@ DeviceFramePool::DeviceFramePool(std::shared_ptr<const CudaDevice> device, std::
   for (std::size_t frame = frame_count; frame-- > 0;) free_.push_back(FrameId{static_cast<std::uint32_t>(frame)});
 }
 
-DeviceFramePool::~DeviceFramePool() { release_all(); }
+DeviceFramePool::~DeviceFramePool() {
+  const CudaDevice::Current current(*device_);
+  release_all();
+}
 
 void DeviceFramePool::release_all() noexcept {
   for (const cuda::AllocationHandle handle : handles_) device_->driver().cuMemRelease.result(handle);

@@ -14,6 +14,8 @@ namespace {
 // Between two looks at the device's timelines. A look is one query of the oldest event of each, about a microsecond.
 constexpr std::chrono::microseconds kDevicePoll{50};
 constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+// Nobody counts on finding the page there.
+constexpr std::int64_t kNotKept = kNever - 1;
 // Page-locked in pieces, so that one refusal says how far it came, and no single call holds the driver's lock for long.
 constexpr std::size_t kRegisterBytes = 1 * kGiB;
 
@@ -26,6 +28,7 @@ DeviceMover::DeviceMover(Residency& residency, FramePool& host_pool, const Devic
       copies_in_flight_max_(std::max<std::size_t>(2, options_.inflight_bytes / host_pool.page_bytes())) {}
 
 DeviceMover::~DeviceMover() {
+  const CudaDevice::Current current(tier_.device);
   for (std::byte* memory : registered_) tier_.device.driver().cuMemHostUnregister.result(static_cast<void*>(memory));
 }
 
@@ -120,7 +123,7 @@ Start DeviceMover::start_copy(PageId page, Purpose purpose, PageId planned_victi
   if (purpose == Purpose::prefetch && copies_in_.size() + copies_in_flight_.size() >= copies_in_flight_max_)
     return Start::no_room;
   const std::optional<FrameId> frame = free_device_frame(planned_victim, used_after);
-  if (!frame) return Start::no_frame;
+  if (!frame) return working() ? Start::under_way : Start::no_frame;
   PageEntry& entry = residency_.table.at(page);
   CopyIn copy{page, *frame, entry.host_frame, 0, 0, 0, 0};
   if (entry.host_frame.valid()) {
@@ -246,9 +249,23 @@ std::optional<FrameId> DeviceMover::free_host_frame(std::int64_t for_action) {
   return frame;
 }
 
-// The page whose host frame is worth least: a stale one, then one whose page comes in again last. With no schedule, one
-// that is on the device as well, then the least recently used.
+// Which action finds the page in its host frame: the larger, the less the frame is worth.
+std::int64_t DeviceMover::host_worth(PageId page, const PageEntry& entry) const {
+  const bool on_device = entry.state == PageState::device;
+  if (on_device && entry.host_stale) return kNever;
+  const Tape* tape = residency_.tape.get();
+  if (tape == nullptr) return on_device ? kNever : kNotKept;
+  const std::int64_t action = comes_in_again(page);
+  if (action == kNever) return kNever;
+  const bool read_ahead = !on_device && read_for_this_copy_[page.value];
+  return read_ahead || tape->schedule().host_hit(action) ? action : kNotKept;
+}
+
+// The page whose host frame is worth least; of equals the least recently used. Only the action whose turn it is may
+// take a frame that another one counts on.
 PageId DeviceMover::choose_host_victim(std::int64_t for_action) const {
+  const Tape* tape = residency_.tape.get();
+  const bool may_take_kept = for_action == kBeforeAll || tape == nullptr || for_action <= tape->next_action;
   PageId best;
   std::pair<std::int64_t, std::int64_t> best_rank{std::numeric_limits<std::int64_t>::min(), 0};
   for (const PageId page : host_frame_page_) {
@@ -259,10 +276,9 @@ PageId DeviceMover::choose_host_victim(std::int64_t for_action) const {
     if (entry.copy_point > residency_.reached.copies_in) continue;  // the copy still reads it
     if (!on_device && entry.pins > 0) continue;                     // somebody waits for it
     if (!on_device && entry.dirty && spill_error_) continue;
-    std::pair<std::int64_t, std::int64_t> rank{comes_in_again(page), -static_cast<std::int64_t>(entry.last_use)};
-    if (residency_.tape == nullptr) rank.first = on_device ? kNever : kNever - 1;
-    if (on_device && entry.host_stale) rank.first = kNever;
-    if (rank.first != kNever && rank.first <= for_action) continue;
+    const std::pair<std::int64_t, std::int64_t> rank{host_worth(page, entry),
+                                                     -static_cast<std::int64_t>(entry.last_use)};
+    if (rank.first < kNotKept && (rank.first <= for_action || !may_take_kept)) continue;
     if (!best.valid() || rank > best_rank) {
       best = page;
       best_rank = rank;
@@ -459,6 +475,21 @@ void DeviceMover::writeback_failed(PageId page, FrameId, const Error& error) {
   ++residency_.counts.failures;
   spill_error_ = error;
   decide_again_ = true;
+}
+
+void DeviceMover::wait_for_device() {
+  if (lost_ || !device_behind()) return;
+  try {
+    tier_.device.driver().cuCtxSynchronize();
+  } catch (const Error&) {
+    lost_ = true;
+    throw;
+  }
+  tier_.copies.arrivals().all_reached();
+  tier_.copies.departures().all_reached();
+  tier_.releases.all_reached();
+  finish_copies_in();
+  finish_copies_out();
 }
 
 bool DeviceMover::drained() const {

@@ -6,10 +6,11 @@
 // tier as far ahead as it has frames to give; a copy to the device needs a device frame, whose last user the compute
 // stream may not be through with yet. So the drive and the link stay busy while the device computes.
 //
-// The host tier is staging and cache at once. A page keeps its host frame while it is on the device, until the frame is
-// worth more for another page: the frame that goes is the one whose page comes in again last, and a page that the
-// schedule never brings in again (it stays on the device) goes first. So what is cached is what the device tier can't
-// hold, and nothing is read twice while it is still there.
+// The host tier is staging and cache at once. A page keeps its host frame when it has been copied to the device if the
+// schedule says so: it knows which page-ins are to find their page there (host_tier_plan.hpp), and reading ahead takes
+// only the other frames. A page that the schedule never brings in again (it stays on the device) keeps none for long,
+// so what is cached is what the device tier can't hold. With no schedule the least recently used goes. Nothing is read
+// again while it is still there.
 //
 // Who waits for whom. A page counts as arrived once its copy is issued; acquire() makes the caller's stream wait for
 // it. A frame is taken from a page when nothing pins it, its last copy is done, and every stream that released it is
@@ -53,10 +54,12 @@ class DeviceMover final : public PageMover {
   bool can_start(PageState state) const noexcept override;
   bool frame_free() const override { return tier_.pool.free_count() > 0; }
   bool victim_busy(const PageEntry& victim) const noexcept override;
+  bool runs_behind() const noexcept override { return true; }
   void read_ahead() override;
   bool working() const override;
   void carry_out() override;
   void poll(std::chrono::nanoseconds timeout) override;
+  void wait_for_device() override;
   bool drained() const override;
 
  private:
@@ -90,6 +93,7 @@ class DeviceMover final : public PageMover {
   std::optional<FrameId> free_host_frame(std::int64_t for_action);
   PageId choose_host_victim(std::int64_t for_action) const;
   std::int64_t comes_in_again(PageId page) const;
+  std::int64_t host_worth(PageId page, const PageEntry& entry) const;
   void give_back_host_frame(PageEntry& entry);
   void take_back_stale_frames();
   bool read_ahead_of(PageId page, std::int64_t for_action);

@@ -83,8 +83,9 @@ bool Executor::round() {
   } catch (const Error& error) {
     fatal(error);
   }
-  if (!open && mover_->drained()) return false;
   try {
+    if (!open) mover_->wait_for_device();
+    if (!open && mover_->drained()) return false;
     mover_->poll(mover_->take_decide_again() ? std::chrono::nanoseconds(0) : kUntilWoken);
   } catch (const Error& error) {
     fatal(error);
@@ -186,7 +187,7 @@ Executor::Follow Executor::follow_initial() {
         tape.schedule().next_use(page, tape.position()).value_or(std::numeric_limits<std::int64_t>::max() / 2);
     const Start outcome = mover_->start(page, Purpose::prefetch, PageId{}, use);
     if (outcome == Start::no_room) return Follow::full;
-    if (outcome == Start::under_way) return Follow::blocked;
+    if (outcome == Start::under_way) return Follow::full;
     // no_frame: everything resident is needed sooner than this page; it comes when it is asked for.
   }
   ++tape.next_initial;
@@ -211,7 +212,7 @@ Executor::Follow Executor::follow_catch_up() {
     // Everything resident is in use or needed sooner: tried again with each release, until the step has passed.
     if (outcome == Start::no_frame) return Follow::blocked;
   }
-  if (under_way) return Follow::blocked;
+  if (under_way) return Follow::full;
   ++tape.catch_up_step;
   return Follow::next;
 }
@@ -229,14 +230,20 @@ Executor::Follow Executor::follow_action() {
     ++tape.next_action;
     return Follow::next;
   }
-  if (!late && action.evict.valid() && !mover_->frame_free()) {
+  if (action.evict.valid() && !mover_->frame_free()) {
     // Still in use, or asked for and on its way: it goes when it is released. (Absent already: any other will do.)
-    if (mover_->victim_busy(residency_.table.at(action.evict))) return Follow::blocked;
+    const PageEntry& victim = residency_.table.at(action.evict);
+    if (!late && victim.pins > 0) return Follow::blocked;
+    // A host that runs ahead of its device is always late by the schedule. The device gets there; any other victim
+    // would be one that the schedule keeps.
+    const bool wait = !late || mover_->runs_behind();
+    if (wait && victim.pins == 0 && mover_->victim_busy(victim)) return Follow::full;
   }
   const Start outcome =
       mover_->start(action.page_in, Purpose::prefetch, action.evict, late ? kAnyUse : action.deadline);
   if (outcome == Start::no_room) return Follow::full;
-  if (outcome != Start::started) return Follow::blocked;
+  if (outcome == Start::under_way) return Follow::full;
+  if (outcome == Start::no_frame) return Follow::blocked;
   ++tape.next_action;
   return Follow::next;
 }

@@ -38,6 +38,10 @@ class Executor {
 
   // Files of checkpoints; the returned index goes into PageEntry::file. Under the residency's lock.
   std::uint16_t add_file(File file) { return mover_->add_file(std::move(file)); }
+  // See PageMover::read_backing. Any thread.
+  void read_backing(const PageEntry& entry, PageId page, std::byte* destination) const {
+    mover_->read_backing(entry, page, destination);
+  }
   IoQueueFacts io_facts() const { return mover_->io().facts(); }
   IoQueueCounters io_counters() const { return mover_->io().counters(); }
   std::uint64_t spill_bytes() const noexcept { return mover_->spill_bytes(); }
@@ -46,7 +50,7 @@ class Executor {
   enum class Follow : std::uint8_t {
     next,     // this one is done with, look at the next
     idle,     // nothing that may start now
-    full,     // enough in flight
+    full,     // enough in flight, or the next one can start when something in flight is done
     blocked,  // the next one can't start although its turn has come
   };
 

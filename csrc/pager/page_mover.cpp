@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "pager/page_mover.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <utility>
 
 #include "base/check.hpp"
+#include "base/limits.hpp"
 
 namespace tp {
 
@@ -66,6 +72,43 @@ bool PageMover::write_back(PageId page, FrameId host_frame) {
   lock.unlock();
   transfers_->start_writeback(page, host_frame, spill_.file(), extent);
   return true;
+}
+
+void PageMover::read_backing(const PageEntry& entry, PageId page, std::byte* destination) const {
+  const std::size_t page_bytes = host_pool_.page_bytes();
+  std::memset(destination, 0, page_bytes);
+  if (entry.backing == Backing::zero) return;
+  const PageSource source = source_of(entry);
+  // As a direct read wants it, whether the file was opened direct or not.
+  const std::size_t skip = source.offset_bytes % kDirectAlignFallbackBytes;
+  const std::size_t wanted = skip + source.valid_bytes;
+  const std::size_t size =
+      (wanted + kDirectAlignFallbackBytes - 1) / kDirectAlignFallbackBytes * kDirectAlignFallbackBytes;
+  const std::unique_ptr<void, decltype(&std::free)> buffer(std::aligned_alloc(kDirectAlignFallbackBytes, size),
+                                                           &std::free);
+  if (buffer == nullptr) throw Error(ErrorKind::memory, "no memory for a page of " + std::to_string(size) + " bytes");
+  auto* bytes = static_cast<std::byte*>(buffer.get());
+  for (std::size_t done = 0; done < wanted;) {
+    const ssize_t got = pread(source.file->descriptor(), bytes + done, size - done,
+                              static_cast<off_t>(source.offset_bytes - skip + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      throw Error(ErrorKind::io,
+                  "reading " + source.file->path() + " at offset " + std::to_string(source.offset_bytes - skip + done) +
+                      " (page " + std::to_string(page.value) +
+                      ") failed: " + (got == 0 ? "the file ends there" : describe_errno(errno)),
+                  got == 0 ? EIO : errno);
+    }
+    done += static_cast<std::size_t>(got);
+  }
+  const bool whole = entry.backing == Backing::spill;
+  std::memcpy(destination + (whole ? 0 : entry.lead_bytes), bytes + skip, source.valid_bytes);
+  if (whole && page_checksum(destination, page_bytes, page, entry.generation) != entry.checksum) {
+    throw Error(ErrorKind::io,
+                "page " + std::to_string(page.value) + " came back from " + source.file->path() +
+                    " with another checksum than it left with",
+                EBADMSG);
+  }
 }
 
 void PageMover::poll_transfers(std::chrono::nanoseconds timeout) {

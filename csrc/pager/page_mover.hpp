@@ -70,6 +70,8 @@ class PageMover {
   virtual bool frame_free() const = 0;
   // Whether a victim is still to be waited for: in use, or on its way. Otherwise it can go, or is gone.
   virtual bool victim_busy(const PageEntry& victim) const noexcept = 0;
+  // Whether pages are used later than they are released: by a device.
+  virtual bool runs_behind() const noexcept { return false; }
   // What the schedule's coming actions will want, as far ahead as there is room for.
   virtual void read_ahead() {}
   virtual bool working() const = 0;  // something is decided or in flight: a frame may come free
@@ -78,6 +80,8 @@ class PageMover {
   // ---- without
   virtual void carry_out() = 0;
   virtual void poll(std::chrono::nanoseconds timeout) = 0;
+  // Nothing more will be asked for: waits for what the device still has to do, which need not be polled then.
+  virtual void wait_for_device() {}
   // Nothing in flight: memory may be freed.
   virtual bool drained() const { return transfers_->in_flight() == 0; }
   // Something was carried out that decisions depend on: decide again before waiting.
@@ -86,6 +90,8 @@ class PageMover {
   void abandon() noexcept { static_cast<void>(transfers_.release()); }
 
   std::uint16_t add_file(File file);  // under the residency's lock
+  // The page's bytes as its backing has them, page_bytes of them. Any thread; blocks on the drive. Error(io).
+  void read_backing(const PageEntry& entry, PageId page, std::byte* destination) const;
   IoQueue& io() noexcept { return transfers_->io(); }
   std::uint64_t spill_bytes() const noexcept { return spill_bytes_.load(); }
 

@@ -143,10 +143,14 @@ void Pager::make_device_tiers(const PagerOptions& options) {
   copies_ = std::make_unique<CopyQueue>(device_);
   releases_ = std::make_unique<EventTimeline>(device_);
   residency_ = std::make_unique<Residency>(*space_, frame_count_, options.event_capacity, 2);
+  MoverOptions for_mover = mover_options(options, page_bytes_, pool_->frame_bytes(), pool_->frame_count());
+  // Staging: what reads ahead of the copies, and what is being copied.
+  const std::size_t staging = for_mover.inflight_bytes / page_bytes_ + kDeviceInflightPages;
+  host_cache_frames_ = pool_->frame_count() - std::min(staging, pool_->frame_count() / 2);
   executor_ = std::make_unique<Executor>(
       *residency_, std::make_unique<DeviceMover>(
                        *residency_, *pool_, DeviceTier{*device_, *device_space_, *device_pool_, *copies_, *releases_},
-                       mover_options(options, page_bytes_, pool_->frame_bytes(), pool_->frame_count())));
+                       std::move(for_mover)));
 }
 
 Pager::~Pager() {
@@ -344,6 +348,43 @@ std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupte
   return id;
 }
 
+void Pager::read_without_device(AddressRange range, std::byte* destination) const {
+  throw_if_unusable();
+  TP_CHECK(device_ != nullptr);
+  const std::lock_guard close_lock(close_mutex_);  // the frames stay
+  throw_if_unusable();
+  std::vector<std::byte> page_copy(page_bytes_);
+  for (const PageId page : pages_of({range})) {
+    std::unique_lock lock(residency_->mutex);
+    const PageEntry entry = residency_->table.at(page);
+    const bool host_has_it = entry.host_frame.valid() && !entry.host_stale && entry.state != PageState::reading &&
+                             entry.state != PageState::copying_out;
+    if (host_has_it) {
+      const bool whole = entry.dirty || entry.backing == Backing::spill;
+      const std::byte* slot = pool_->slot(entry.host_frame);
+      std::fill(page_copy.begin(), page_copy.end(), std::byte{0});
+      if (whole) {
+        std::copy_n(slot, page_bytes_, page_copy.begin());
+      } else {
+        std::copy_n(slot + entry.offset_bytes % kDirectAlignFallbackBytes, entry.valid_bytes,
+                    page_copy.begin() + entry.lead_bytes);
+      }
+    }
+    lock.unlock();
+    if (!host_has_it && entry.dirty) {
+      throw Error(ErrorKind::device, "page " + std::to_string(page.value) +
+                                         " was modified on the device, which has its only copy; it is lost with the "
+                                         "context");
+    }
+    if (!host_has_it) executor_->read_backing(entry, page, page_copy.data());
+    const std::byte* begin = std::max<const std::byte*>(range.address, space_->address(page));
+    const std::byte* end =
+        std::min<const std::byte*>(range.address + range.size_bytes, space_->address(page) + page_bytes_);
+    std::copy(page_copy.data() + (begin - space_->address(page)), page_copy.data() + (end - space_->address(page)),
+              destination + (begin - range.address));
+  }
+}
+
 std::unique_ptr<Ticket> Pager::prefetch(SetId id) {
   throw_if_unusable();
   return std::make_unique<Ticket>(*residency_, id);
@@ -367,7 +408,7 @@ Schedule Pager::make_schedule(const ScheduleArrays& arrays) const {
   std::vector<std::vector<PageId>> set_pages;
   const std::size_t sets = residency_->set_count();
   for (std::uint32_t id = 0; id < sets; ++id) set_pages.push_back(residency_->set(SetId{id}).pages);
-  return Schedule(arrays, set_pages, space_->page_count(), frame_count_);
+  return Schedule(arrays, set_pages, space_->page_count(), frame_count_, host_cache_frames_);
 }
 
 void Pager::set_schedule(const ScheduleArrays& arrays) { residency_->set_schedule(make_schedule(arrays)); }
@@ -461,15 +502,13 @@ void Pager::close_device() noexcept {
   bytes_in_use_max_at_close_ = device_pool_->bytes_in_use_max();
   host_bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
   // After a lost context every call fails, and what it would free is gone with the context: no result is looked at.
-  try {
-    const CudaDevice::Current current(*device_);
-    device_space_->discard();
-    executor_.reset();
-    device_pool_.reset();
-  } catch (const Error&) {
-    executor_.reset();
-    device_pool_.reset();
-  }
+  const CudaDevice::Current current(*device_);
+  // Once, for what was acquired and never released, and for what is in flight after a failing call: nothing may run on
+  // memory that is taken away now. Fails at once when the context is lost, and then nothing runs.
+  device_->driver().cuCtxSynchronize.result();
+  device_space_->discard();
+  executor_.reset();
+  device_pool_.reset();
   pool_.reset();
 }
 

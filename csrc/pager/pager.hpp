@@ -89,6 +89,10 @@ class Pager {
   std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted,
                             cuda::Stream stream = nullptr);
   // acquire() that does not wait: the ticket holds the pages and tells when they are there.
+  // Copies bytes of a device's address space to host memory without asking the device: out of the host tier, or from
+  // the drive. What is left when the context is lost. Error(device) names the page of which the device has the only
+  // copy; Error(io), Error(invalid).
+  void read_without_device(AddressRange range, std::byte* destination) const;
   std::unique_ptr<Ticket> prefetch(SetId id);
   void wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda::Stream stream = nullptr);
   void release(Ticket& ticket, cuda::Stream stream = nullptr);
@@ -141,6 +145,7 @@ class Pager {
   std::size_t page_bytes_ = 0;
   std::size_t frame_count_ = 0;
   std::uint64_t host_budget_bytes_ = 0;
+  std::size_t host_cache_frames_ = 0;  // of the tier beneath a device, less those for staging
   bool device_memory_is_host_memory_ = false;
   std::shared_ptr<CudaDevice> device_;
   std::shared_ptr<AddressSpace> space_;

@@ -6,6 +6,7 @@
 
 #include "base/check.hpp"
 #include "base/error.hpp"
+#include "pager/host_tier_plan.hpp"
 
 namespace tp {
 namespace {
@@ -76,7 +77,7 @@ std::optional<std::int64_t> Schedule::Occurrences::next(std::uint32_t key, std::
 }
 
 Schedule::Schedule(const ScheduleArrays& arrays, std::span<const std::vector<PageId>> set_pages, std::size_t page_count,
-                   std::size_t frame_count) {
+                   std::size_t frame_count, std::size_t host_frame_count) {
   check_arrays(arrays, set_pages.size(), page_count, frame_count);
   std::vector<std::pair<std::uint32_t, std::int32_t>> by_set, by_page, by_action;
   for (std::size_t step = 0; step < arrays.step_set.size(); ++step) {
@@ -102,11 +103,18 @@ Schedule::Schedule(const ScheduleArrays& arrays, std::span<const std::vector<Pag
   steps_by_set_.build(set_pages.size(), by_set);
   uses_by_page_.build(page_count, by_page);
   actions_by_page_.build(page_count, by_action);
+  std::vector<PageId> page_ins;
+  for (const Action& action : actions_) page_ins.push_back(action.page_in);
+  host_hits_ = plan_host_hits(page_ins, host_frame_count);
 }
 
 std::size_t Schedule::initial_rank(PageId page) const {
   // Pages mapped after the schedule was made are in none of its lists.
   return page.value < initial_rank_.size() ? initial_rank_[page.value] : initial_pages_.size();
+}
+
+bool Schedule::host_hit(std::int64_t absolute_action) const {
+  return host_hits_[static_cast<std::size_t>(absolute_action % action_count())];
 }
 
 SetId Schedule::set_of(std::int64_t absolute_step) const {

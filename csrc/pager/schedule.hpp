@@ -35,9 +35,9 @@ struct Action {
 
 class Schedule {
  public:
-  // set_pages[i]: sorted pages of set i.
+  // set_pages[i]: sorted pages of set i. host_frame_count: frames of the tier beneath a device that may keep pages.
   Schedule(const ScheduleArrays& arrays, std::span<const std::vector<PageId>> set_pages, std::size_t page_count,
-           std::size_t frame_count);
+           std::size_t frame_count, std::size_t host_frame_count = 0);
 
   std::int64_t step_count() const noexcept { return static_cast<std::int64_t>(step_set_.size()); }
   std::int64_t action_count() const noexcept { return static_cast<std::int64_t>(actions_.size()); }
@@ -52,6 +52,8 @@ class Schedule {
   std::optional<std::int64_t> next_use(PageId page, std::int64_t from) const;
   // First absolute action at or after `from` that brings the page in.
   std::optional<std::int64_t> next_page_in(PageId page, std::int64_t from) const;
+  // Whether the host tier is to keep the page of this action from its page-in before it (host_tier_plan.hpp).
+  bool host_hit(std::int64_t absolute_action) const;
   // First absolute action of the first cycle whose deadline is `step` or later; action_count() when there is none.
   std::int64_t first_action_due_at(std::int64_t step) const;
   // How many steps of one cycle of `other` are the first steps of this one, repeated for ever. O(steps of other).
@@ -70,6 +72,7 @@ class Schedule {
   std::vector<PageId> initial_pages_;
   std::vector<std::uint32_t> initial_rank_;  // by page
   std::vector<Action> actions_;
+  std::vector<bool> host_hits_;  // by action
   Occurrences steps_by_set_, uses_by_page_, actions_by_page_;
 };
 

@@ -472,6 +472,11 @@ Result StandinWorld::cuStreamSynchronize(cuda::Stream handle) {
   return streams_->wait(lock, streams_->pending_locked(stream));
 }
 
+Result StandinWorld::cuCtxSynchronize() {
+  Lock lock(mutex_);
+  return streams_->wait(lock, streams_->all_pending_locked());
+}
+
 Result StandinWorld::cuStreamWaitEvent(cuda::Stream handle, cuda::Event event, unsigned flags) {
   const Lock lock(mutex_);
   const StandinStreamPointer stream = streams_->find_locked(handle);

@@ -103,6 +103,17 @@ std::vector<StandinOperationPointer> StandinStreams::pending_locked(const Standi
   return pending;
 }
 
+std::vector<StandinOperationPointer> StandinStreams::all_pending_locked() const {
+  std::vector<StandinOperationPointer> pending;
+  const auto add = [&](const StandinStreamPointer& stream) {
+    if (stream->last != nullptr) pending.push_back(stream->last);
+  };
+  add(legacy_);
+  for (const auto& [handle, stream] : streams_) add(stream);
+  for (const StandinStreamPointer& stream : destroyed_) add(stream);
+  return pending;
+}
+
 Result StandinStreams::wait(std::unique_lock<std::mutex>& lock,
                             const std::vector<StandinOperationPointer>& operations) {
   const auto all_done = [&] {

@@ -82,6 +82,7 @@ class StandinStreams {
                  const std::function<bool(std::size_t offset_bytes, std::size_t size_bytes)>& piece);
   bool poisons_destinations() const { return options_.delay_max.count() > 0; }
   // Waits until `holds`, which is asked now and then with the lock held; false when the context was lost first.
+  std::vector<StandinOperationPointer> all_pending_locked() const;
   bool wait_for_value(const std::function<bool()>& holds);
   void pause_to_end(const StandinOperation& operation);
 

@@ -225,4 +225,7 @@ def _gpu() -> Finding:
     driver.cuDeviceGetCount(ctypes.byref(count))
     driver.cuDriverGetVersion(ctypes.byref(version))
     value = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {count.value} device(s)"
-    return Finding("gpu", "CUDA driver", "ok", value, "this version pages in RAM; it does not use the GPU yet")
+    detail = (
+        "page(model, device='cuda') pages through registered host frames" if count.value else "no device to page to"
+    )
+    return Finding("gpu", "CUDA driver", "ok" if count.value else "limited", value, detail)
