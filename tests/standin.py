@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models on the stand-in device: the CUDA driver of csrc/sim, whose device memory is host memory.
 
-torch runs on the CPU and reads that memory directly, so a kernel here is a call on the host's thread. It has to wait for
-the stream that the core made wait for the copies: `StandinCore` does so after every acquire and hold.
+torch runs on the CPU and reads that memory directly, so a kernel here is a call on the host's thread. It has to wait
+for the stream that the core made wait for the copies: `StandinCore` does so after every acquire and hold.
 """
 
 from __future__ import annotations

@@ -184,3 +184,12 @@ def test_a_closed_pager() -> None:
     pager.close()
     with pytest.raises(tp.ClosedError), torch.no_grad():
         net(some_ids())
+
+
+@pytest.mark.usefixtures("standin")
+def test_a_failing_driver_call_is_named() -> None:
+    net, twin = make_net()
+    with tp.page(net, "16MiB", device="cuda:0") as pager, torch.no_grad():
+        with pytest.raises(tp.DeviceError, match=r"cuStreamSynchronize failed.*CUDA_ERROR_INVALID_HANDLE, 400"):
+            core_of(pager).synchronize(12345)
+        assert torch.equal(net(some_ids()), twin(some_ids()))  # nothing was lost by it

@@ -19,7 +19,7 @@ LAYERS = {
     "base": {"base"},
     "io": {"base", "io"},
     "device": {"base", "device"},
-    "mem": {"base", "mem"},
+    "mem": {"base", "device", "mem"},
     "pager": {"base", "io", "device", "mem", "pager"},
     "sim": {"base", "io", "device", "sim"},
     "bind": {"base", "io", "device", "mem", "pager", "bind"},
