@@ -40,8 +40,11 @@ void DeviceMover::open() {
 
 void DeviceMover::register_host_memory() {
   const std::span<std::byte> memory = host_pool_.memory();
-  for (std::size_t offset = 0; offset < memory.size(); offset += kRegisterBytes) {
-    const std::size_t size = std::min(kRegisterBytes, memory.size() - offset);
+  // Whole frames, so that no copy crosses from one piece to the next.
+  const std::size_t piece_bytes =
+      std::max<std::size_t>(1, kRegisterBytes / host_pool_.frame_bytes()) * host_pool_.frame_bytes();
+  for (std::size_t offset = 0; offset < memory.size(); offset += piece_bytes) {
+    const std::size_t size = std::min(piece_bytes, memory.size() - offset);
     const cuda::Result result = tier_.device.driver().cuMemHostRegister.result(
         static_cast<void*>(memory.data() + offset), size, cuda::kHostRegisterPortable | cuda::kHostRegisterDeviceMap);
     if (result != cuda::kSuccess) {
