@@ -30,8 +30,10 @@ constexpr char kMemoryDirectory[] = "/dev/shm";
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr int kSeeds = 10;
+constexpr std::uint64_t kFailingCalls = 2;
 #else
 constexpr int kSeeds = 200;
+constexpr std::uint64_t kFailingCalls = 6;
 #endif
 constexpr int kSchedulesPerSeed = 10;
 
@@ -541,8 +543,7 @@ TEST_P(FailingCall, ends_in_a_typed_error_and_never_in_a_hang) {
   for (const std::string& name : names) {
     SCOPED_TRACE(name);
     if (name.starts_with("cuGetError")) continue;
-    // Every call of that name in turn, up to a dozen.
-    for (std::uint64_t nth = 1; nth <= 12; ++nth) {
+    for (std::uint64_t nth = 1; nth <= kFailingCalls; ++nth) {
       StandinDevice device(slow_device(nth, 4));
       device.standin().arm({name, nth, result, effect});
       bool failed = false;
