@@ -61,7 +61,10 @@ class StandinDevice {
     driver().cuModuleLoadData(&module_, static_cast<const void*>(kStandinImage));
     driver().cuModuleGetFunction(&function_, module_, "work");
   }
-  ~StandinDevice() { close(); }
+  ~StandinDevice() {
+    close();
+    standin_.reset();  // ends the threads of its streams
+  }
 
   static const CudaDriver& driver() { return CudaDriver::load(TENSORPAGER_STANDIN_DRIVER); }
   StandinDriver& standin() { return standin_; }
