@@ -165,6 +165,16 @@ def test_a_pass_with_gradients_is_refused_before_it_begins() -> None:
         assert pager.stats()["page_ins"] == 0
         net.requires_grad_(False)
         assert torch.equal(net(some_ids()), twin(some_ids()))
+        x = torch.randn(2, 512, requires_grad=True)
+        with pytest.raises(tp.PagedTensorError, match="inputs that require no gradient"):
+            net.blocks[0].up(x)  # frozen, and still read by the backward of its input
+        assert torch.equal(net.blocks[0].up(x.detach()), twin.blocks[0].up(x.detach()))
+
+
+def test_a_device_is_refused_where_writes_could_not_be_seen() -> None:
+    net, _ = make_net()
+    with torch.inference_mode(), pytest.raises(tp.PagedTensorError, match="version counter"):
+        tp.page(net, "16MiB", device="cuda:0")
 
 
 @pytest.mark.usefixtures("standin")

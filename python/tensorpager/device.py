@@ -29,6 +29,7 @@ __all__ = [
     "device_number",
     "move_buffers",
     "refuse_backward",
+    "refuse_inference_mode",
     "stream_getter",
 ]
 
@@ -96,14 +97,29 @@ def move_buffers(model: torch.nn.Module, core: Core) -> None:
                 module._buffers[name] = buffer.to(where)
 
 
-def refuse_backward(model: torch.nn.Module) -> None:
-    """PagedTensorError when a pass would be kept for backward, whose kernels read weights that have left by then.
+def refuse_backward(module: torch.nn.Module, inputs: tuple[object, ...] = ()) -> None:
+    """PagedTensorError when a call would be kept for backward, whose kernels read weights that have left by then.
 
     On the host such a read traps and is served. On a device it ends the context, so it is refused before it happens.
     """
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+    if not torch.is_grad_enabled():
+        return
+    if any(parameter.requires_grad for parameter in module.parameters()) or any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
+    ):
         msg = (
-            f"{type(model).__name__} is paged on a device, which works for inference so far: run it under "
-            "torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False)"
+            f"{type(module).__name__} is paged on a device, which works for inference so far: run it under "
+            "torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False) and give it inputs that "
+            "require no gradient"
+        )
+        raise PagedTensorError(msg)
+
+
+def refuse_inference_mode(number: int) -> None:
+    """PagedTensorError where tensors would be made that have no version counter: writes to them could not be seen."""
+    if number != HOST and torch.is_inference_mode_enabled():
+        msg = (
+            "a model can't be paged to a device inside torch.inference_mode(): its parameters would have no version "
+            "counter, by which writes are seen. Page it before, and run it in inference mode"
         )
         raise PagedTensorError(msg)

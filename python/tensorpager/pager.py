@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from tensorpager.budget import format_bytes, parse_bytes
-from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers
+from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
 from tensorpager.errors import BudgetError
 from tensorpager.moving import collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
@@ -170,11 +170,12 @@ def make_core(
 ) -> Core:
     """A core with all frames of the budgets.
 
-    BudgetError, MemoryMapError, EngineError, DeviceError, IoError, ValueError.
+    BudgetError, MemoryMapError, EngineError, DeviceError, PagedTensorError, IoError, ValueError.
     """
     from tensorpager._core import Pager as NativePager
 
     number = device_number(device)
+    refuse_inference_mode(number)
     if number == HOST and host_budget is not None:
         msg = "host_budget= is for the tier beneath a device; on the host, budget= is all there is"
         raise ValueError(msg)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensorpager.device import stream_getter
+from tensorpager.device import HOST, refuse_backward, stream_getter
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -62,10 +62,11 @@ class Window:
     stream: gives the handle of the current stream of the core's device; None on the host.
     """
 
-    __slots__ = ("core", "name", "open", "set_id", "stream")
+    __slots__ = ("core", "name", "on_device", "open", "set_id", "stream")
 
     def __init__(self, core: Core, set_id: int, name: str) -> None:
         self.core = core
+        self.on_device = core.device != HOST
         self.stream = stream_getter(core)
         self.set_id = set_id
         self.name = name
@@ -165,8 +166,10 @@ class EnterHook(Hook):
     def __init__(self, window: Window) -> None:
         self.window = window
 
-    def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...]) -> None:
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """Acquire."""
+        if self.window.on_device:
+            refuse_backward(module, args)
         calls = _open.calls
         if calls:
             drop_abandoned_calls()
