@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paging to a real CUDA device: `pytest -m gpu` where there is one. Skipped everywhere else, with the reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import tensorpager as tp
+from tensorpager._core import Pager as NativePager
+from tensorpager.spill import choose_directory, tensor_at
+from torch_models import MIB, Net, some_ids
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+PAGE_BYTES = 2 * MIB
+
+
+def make_device_net() -> tuple[Net, Any]:
+    """A net to page, and its twin on the device."""
+    torch.manual_seed(0)
+    net = Net()
+    return net, copy.deepcopy(net).to("cuda")
+
+
+@pytest.mark.parametrize("host_budget", ["12MiB", "80MiB"])
+def test_the_same_bits_as_the_model_on_the_device(host_budget: str) -> None:
+    net, twin = make_device_net()
+    ids = some_ids().to("cuda")
+    with tp.page(net, "16MiB", device="cuda", host_budget=host_budget, page_bytes=PAGE_BYTES) as pager, torch.no_grad():
+        for _ in range(20):
+            assert torch.equal(net(ids), twin(ids))
+        stats = pager.stats()
+    assert stats["resident_bytes_max"] <= stats["budget_bytes"] == 16 * MIB
+    assert stats["page_ins"] > 0
+
+
+def test_on_a_stream_of_its_own_too() -> None:
+    net, twin = make_device_net()
+    ids = some_ids().to("cuda")
+    stream = torch.cuda.Stream()
+    with tp.page(net, "16MiB", device="cuda", page_bytes=PAGE_BYTES), torch.no_grad():
+        expected = twin(ids)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results = [net(ids) for _ in range(20)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, expected) for result in results)
+
+
+def test_what_is_written_in_place_survives_eviction() -> None:
+    net, twin = make_device_net()
+    ids = some_ids().to("cuda")
+    with tp.page(net, "16MiB", device="cuda", host_budget="12MiB", page_bytes=PAGE_BYTES) as pager, torch.no_grad():
+        for model in (net, twin):
+            for block in model.blocks:
+                block.up.weight.mul_(0.5)
+        for _ in range(5):
+            assert torch.equal(net(ids), twin(ids))
+        assert pager.stats()["copies_out"] > 0
+
+
+def test_ten_thousand_page_cycles_under_compute() -> None:
+    """Each page holds its own number all over; a product keeps the device busy, so that kernels look at pages late."""
+    pages = 96
+    core = NativePager(
+        budget_bytes=24 * PAGE_BYTES,
+        page_bytes=PAGE_BYTES,
+        spill_directory=choose_directory(None),
+        device=torch.cuda.current_device(),
+        host_budget_bytes=160 * MIB,
+    )
+    region = core.map_spill(pages * PAGE_BYTES)
+    stream = torch.cuda.current_stream().cuda_stream
+    count = PAGE_BYTES // 4
+    tensors = [
+        tensor_at(core, region.address + page * PAGE_BYTES, (count,), (1,), torch.int32) for page in range(pages)
+    ]
+    sets = [core.add_set([(region.address + page * PAGE_BYTES, PAGE_BYTES)], f"page {page}") for page in range(pages)]
+    for page in range(pages):
+        core.acquire(sets[page], stream)
+        tensors[page].fill_(page + 1)
+        core.mark_written(sets[page])
+        core.release(sets[page], stream)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    busy = torch.randn(2048, 2048, device="cuda")
+    order = torch.Generator().manual_seed(1)
+    while core.stats()["page_ins"] < 10_000:
+        page = int(torch.randint(pages, (1,), generator=order))
+        core.acquire(sets[page], stream)
+        busy = torch.nn.functional.normalize(busy @ busy)
+        wrong += (tensors[page] != page + 1).sum()
+        core.release(sets[page], stream)
+    assert int(wrong) == 0
+    core.close()
