@@ -30,10 +30,10 @@ constexpr char kMemoryDirectory[] = "/dev/shm";
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr int kSeeds = 10;
-constexpr std::uint64_t kFailingCalls = 2;
+constexpr std::uint64_t kFailingCalls = 1;
 #else
 constexpr int kSeeds = 200;
-constexpr std::uint64_t kFailingCalls = 6;
+constexpr std::uint64_t kFailingCalls = 4;
 #endif
 constexpr int kSchedulesPerSeed = 10;
 
