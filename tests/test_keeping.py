@@ -13,7 +13,7 @@ import pytest
 
 from tensorpager.demand import OVERWRITE, READ, Demand, demand_of, occupied
 from tensorpager.keeping import best_kept, dirty_drops, furthest_next_use, lru_kept, repaired, traffic_of
-from tensorpager.keeping_bound import least_bytes
+from tensorpager.keeping_bound import least_bytes, rounded_evenly
 from trace_shapes import PAGE, clean_trace, random_trace, training_trace
 
 PAGES_MAX, ACCESSES_MAX, TURNED_MAX = 4, 8, 7
@@ -212,3 +212,18 @@ def test_the_gaps_of_an_overwritten_group_hold_no_dead_content() -> None:
         )
         ends = zip(demand.gaps.group.tolist(), (demand.gaps.end % demand.step_count).tolist(), strict=True)
         assert not overwritten & set(ends), seed
+
+
+def test_rounding_evenly_never_shifts_a_deadline_by_more_than_half_a_page() -> None:
+    """Shares of pages to keep, rounded: whole, none above a gap's pages, and every sum by deadline that of the shares."""
+    gap_counts = []
+    for seed in range(200):
+        gaps, rng = demand_of(random_trace(seed), PAGE).gaps, np.random.default_rng(seed)
+        exact = gaps.pages * rng.choice((0.0, 0.25, 1 / 3, 0.5, 0.9, 1.0), gaps.count)
+        kept = rounded_evenly(gaps, exact)
+        assert kept.dtype == np.int64 and (kept >= 0).all() and (kept <= gaps.pages).all(), seed
+        for deadline in np.unique(gaps.end):
+            due = gaps.end <= deadline
+            assert abs(float(exact[due].sum()) - int(kept[due].sum())) <= 0.5 + 1e-5, (seed, deadline)
+        gap_counts.append(gaps.count)
+    assert max(gap_counts) > 5

@@ -122,6 +122,14 @@ def test_writes_hide_behind_compute_too() -> None:
     assert played.stall_seconds.tolist() == [0.0] * 4
 
 
+def test_what_left_is_written_before_reads_that_can_wait() -> None:
+    """While a step of 4 s computes: first the page that left, in 2 s, then the one that comes, in 1 s."""
+    played = paced(cycle(8, 1, changed=True), [0] * 8, 4.0, Links(1.0, 2.0), 6)
+    moves = [(moved.begin_seconds, moved.page_in) for moved in played.transfers]
+    assert moves == [(4.0 * step + late, late > 0) for step in range(8) for late in (0.0, 2.0)]
+    assert played.pass_seconds == 32.0
+
+
 def test_the_host_link_carries_both_directions_at_once() -> None:
     """Pages go to the host in one direction while others come in the other, and the drive has nothing to do."""
     played = paced(cycle(4, 1), [0] * 4, 0.0, Links(8.0, 8.0, 1.0, 1.0), 3, [1] * 4)

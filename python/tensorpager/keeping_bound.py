@@ -27,7 +27,7 @@ import numpy as np
 from tensorpager.demand import Gaps, Int64Array, occupied
 from tensorpager.linear_program import Columns, Float64Array, LinearProgram
 
-__all__ = ["KeepingBound", "TimeLimits", "least_bytes", "least_time"]
+__all__ = ["KeepingBound", "TimeLimits", "least_bytes", "least_time", "rounded_evenly"]
 
 #: Slots of a pass: (with up to so many gaps, so many). A finer bound is higher and its plan better, and takes longer.
 SLOTS = ((8000, 1024), (2**62, 256))
@@ -39,16 +39,20 @@ CHECKED_STRETCHES = 1024
 BYTES_COST = 1e-5
 #: The solver's error: what is so close to a whole page is one.
 ROUNDING = 1e-6
+#: Sums are rounded to the nearest page, a tie within the solver's error upwards.
+HALF_A_PAGE = 0.5 + ROUNDING
 
 
 @dataclass(frozen=True, eq=False)
 class KeepingBound:
-    """cost: no schedule does with less; pages or seconds. kept: int64 [gaps], the optimum rounded down. level: int64
-    [steps], the pages that the optimum keeps at each step, rounded down as well: up to it, what rounding lost can be
-    filled up."""
+    """cost: no schedule does with less; pages or seconds. kept: int64 [gaps], the optimum rounded down. evenly_kept:
+    rounded so that up to any deadline as much is read as in the optimum, give or take a page; that may hold a few pages
+    more than there is room for. level: int64 [steps], the pages that the optimum keeps at each step, rounded down as
+    well: up to it, what rounding lost can be filled up."""
 
     cost: float
     kept: Int64Array
+    evenly_kept: Int64Array
     level: Int64Array
 
 
@@ -141,11 +145,29 @@ class _Keeping:
         sums = (np.array(rows, np.int64), self.written[np.array(columns, np.int64)], -1.0)
         program.at_most(-pages, (np.arange(len(pages)), self.kept[self.dirty], -1.0), sums)
 
-    def rounded(self, solution: Float64Array) -> tuple[Int64Array, Int64Array]:
-        """What to keep: whole pages; and how many the solution keeps at each step."""
+    def rounded(self, solution: Float64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """What to keep: whole pages, and whole pages in sum; and how many the solution keeps at each step."""
         exact = np.clip(solution[self.kept], 0, self.gaps.pages)
         level = occupied(self.gaps, exact, self.step_count)
-        return np.floor(exact + ROUNDING).astype(np.int64), np.floor(level + ROUNDING).astype(np.int64)
+        return _rounded_down(exact), rounded_evenly(self.gaps, exact), _rounded_down(level)
+
+
+def _rounded_down(exact: Float64Array) -> Int64Array:
+    return np.floor(exact + ROUNDING).astype(np.int64)
+
+
+def rounded_evenly(gaps: Gaps, exact: Float64Array) -> Int64Array:
+    """Whole pages whose sum over the gaps, in the order of their ends, is never off by more than half a page.
+
+    An optimum spreads its reads over the pass, some of every tensor. Rounded one by one, they lose a page here and
+    there, which filled up again are many in one stretch of the pass and none in another: reading ahead can't level that
+    out where it has few frames.
+    """
+    order = np.lexsort((gaps.group, gaps.start, gaps.end))
+    sums = np.floor(np.cumsum(exact[order]) + HALF_A_PAGE)
+    kept = np.zeros(gaps.count, np.int64)
+    kept[order] = np.diff(sums, prepend=0.0).astype(np.int64)
+    return kept
 
 
 def _checked_steps(room: Int64Array) -> Int64Array:

@@ -8,8 +8,9 @@ between drive and device passes both its links, pipelined: it is done when the l
 
 Reading ahead goes in the order of the deadlines. A page-in may begin at step s for step e when at every step from s to
 e its frame is free, with all that the plan keeps there; so nothing read ahead can ever be in the way of a step, and no
-order of events deadlocks. What leaves dirty holds its frame until it is written: reads that find no frame wait for
-writes, and writes otherwise fill the time in which no read is possible. So a drive is idle only when nothing can move.
+order of events deadlocks. What leaves dirty holds its frame until it is written, so it goes to the drive before reads
+that can wait for it and still arrive in time; where reads are late already, they go first. Reads that find no frame
+wait for writes. So a drive is idle only when nothing can move.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ __all__ = ["DRIVE", "HOST", "PASSES", "History", "Links", "Pace", "Transfer", "p
 PASSES = 3
 #: Page-ins that are looked through for one that can begin, when those before it can't yet.
 LOOK_AHEAD = 64
-#: How long frames are reserved for pages that leave changed, in times of what their own writing takes: other transfers
-#: come between. Where it matters, `planner` tries a shorter and a longer time as well.
-WRITE_PATIENCE = 4.0
+#: How long frames are reserved for pages that leave changed, in times of what their own writing takes. Where other
+#: transfers come between and it matters, `planner` tries longer times as well.
+WRITE_PATIENCE = 1.0
 #: Where a transfer ends or begins, beside the device.
 DRIVE, HOST = 0, 1
 
@@ -190,6 +191,7 @@ class _Player:
     ) -> None:
         self._steps = demand.step_count
         self._compute = compute_seconds
+        self._computed = [0.0, *itertools.accumulate(compute_seconds)]  # before each step, and in the whole pass
         self._links = links
         self._frames = frames
         level = demand.in_use + occupied(demand.gaps, kept, self._steps)
@@ -321,10 +323,10 @@ class _Player:
         """Keep the links busy while the step computes: page-ins by deadline, writes where none can begin."""
         moving = True
         while moving:
-            moving = False
+            moving = self._write_before_reading(limit, earliest)
             for tier, link in ((HOST, self._to_device), (DRIVE, self._drive)):
                 queue = self._fetches[tier]
-                if not queue or link.free >= limit:
+                if moving or not queue or link.free >= limit:
                     continue
                 place = self._first_possible(queue, step)
                 amount = self._room_for(queue[place], step, max(link.free, earliest)) if place >= 0 else 0
@@ -341,6 +343,38 @@ class _Player:
             if not moving and self._flying and earliest < self._flying[0][0] < limit:
                 earliest = self._flying.popleft()[0]
                 moving = True
+
+    def _write_before_reading(self, limit: float, earliest: float) -> bool:
+        """Write what has left, as long as reads can wait for it. Whether there was any.
+
+        Pages that wait to be written and pages read long before their time compete for frames: with the reads first,
+        both pile up until a step has to wait for writes although the drive was never idle.
+        """
+        if not self._writes or self._writes[0].tier == HOST or self._drive.free >= limit:
+            return False
+        slack = self._reading_slack(limit, max(self._drive.free, earliest))
+        if slack < self._links.drive_write:
+            return False
+        self._write_until(min(limit, max(self._drive.free, earliest) + slack), earliest)
+        return True
+
+    def _reading_slack(self, limit: float, moment: float) -> float:
+        """Seconds for which the drive could do something else from a moment on, and the next reads be in time.
+
+        limit: when the step that comes begins, or the one that runs ends.
+        """
+        slack, needed = float("inf"), 0.0
+        ahead = limit - moment - self._computed_before(len(self._begins))
+        for fetch in itertools.islice(self._fetches[DRIVE], LOOK_AHEAD):
+            needed += self._links.drive_read * fetch.count
+            slack = min(slack, ahead + self._computed_before(fetch.deadline) - needed)
+            if slack < 0:
+                break
+        return slack
+
+    def _computed_before(self, step: int) -> float:
+        turn, place = divmod(step, self._steps)
+        return turn * self._computed[-1] + self._computed[place]
 
     def _first_possible(self, queue: deque[_Fetch], step: int) -> int:
         """The place of the first page-in whose pages have left, and are on the drive; -1 when it is too far away."""

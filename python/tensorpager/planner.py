@@ -38,11 +38,11 @@ OBJECTIVES = ("time", "bytes")
 #: Shares of the frames that are left for reading ahead, where no solver finds the right one for each step.
 READ_AHEAD_SHARES = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 #: With traces of up to so many steps, margins are tried; and where the pass then takes longer than its bound by more
-#: than this share, shorter and longer patience with writes (pacing.py).
+#: than this share, longer patience with writes (pacing.py).
 PATIENCE_GAIN = 0.01
 TRIES_STEPS_MAX = 8192
 MARGINS = (0, 4, 16, 32)
-PATIENCES = (WRITE_PATIENCE / 2, WRITE_PATIENCE * 2)
+PATIENCES = (WRITE_PATIENCE * 2, WRITE_PATIENCE * 4)
 #: Of two schedules whose times differ by less, the one that moves fewer bytes.
 TIME_TOLERANCE = 0.002
 
@@ -245,7 +245,10 @@ class _Planner:
         soonest = least_time(gaps, self._room, count, self._limits(device=True), rough=self._rough)
         # Reading ahead needs the room that the optimum leaves, so what rounding lost is filled up to its level only.
         limits = [np.maximum(np.minimum(self._room, soonest.level) - margin, 0) for margin in self._margins()]
-        candidates = [filled_up(gaps, room, count, repaired(gaps, room, count, soonest.kept)) for room in limits]
+        whole = [(soonest.evenly_kept, room) for room in limits]
+        if len(limits) > 1:  # in a trace of few steps a page more of a small tensor may count for more than even reads
+            whole.append((soonest.kept, limits[0]))
+        candidates = [filled_up(gaps, room, count, repaired(gaps, room, count, kept)) for kept, room in whole]
         candidates.append(best_kept(gaps, self._room, count, fewest.kept))
         if not self._host_frames:
             bounds = _Bounds(fewest.cost, fewest.cost, soonest.cost)
