@@ -203,3 +203,20 @@ def test_a_failing_driver_call_is_named() -> None:
         with pytest.raises(tp.DeviceError, match=r"cuStreamSynchronize failed.*CUDA_ERROR_INVALID_HANDLE, 400"):
             core_of(pager).synchronize(12345)
         assert torch.equal(net(some_ids()), twin(some_ids()))  # nothing was lost by it
+
+
+@pytest.mark.usefixtures("standin")
+def test_what_is_used_outside_of_modules_is_held_or_refused() -> None:
+    net, twin = make_net()
+    with tp.page(net, "16MiB", device="cuda", host_budget="12MiB", page_bytes=2 * MIB) as pager:
+        with torch.no_grad():
+            net(some_ids())
+        weight, plain = net.blocks[0].up.weight, twin.blocks[0].up.weight
+        before = core_of(pager).stats()["acquires"]
+        assert repr(weight) == repr(plain)
+        assert core_of(pager).stats()["acquires"] > before
+        with pytest.raises(tp.PagedTensorError, match="asked for its gradient"):
+            (weight * 2).sum()
+        with torch.no_grad():
+            assert torch.equal(weight * 2, plain * 2)
+        assert torch.equal(weight.detach() * 2, plain.detach() * 2)

@@ -79,13 +79,14 @@ def test_ten_thousand_page_cycles_under_compute() -> None:
     region = core.map_spill(pages * PAGE_BYTES)
     stream = torch.cuda.current_stream().cuda_stream
     count = PAGE_BYTES // 4
-    tensors = [
-        tensor_at(core, region.address + page * PAGE_BYTES, (count,), (1,), torch.int32) for page in range(pages)
-    ]
+
+    def of_page(page: int) -> torch.Tensor:  # made anew each time: a failing test prints its variables, and reads them
+        return tensor_at(core, region.address + page * PAGE_BYTES, (count,), (1,), torch.int32)
+
     sets = [core.add_set([(region.address + page * PAGE_BYTES, PAGE_BYTES)], f"page {page}") for page in range(pages)]
     for page in range(pages):
         core.acquire(sets[page], stream)
-        tensors[page].fill_(page + 1)
+        of_page(page).fill_(page + 1)
         core.mark_written(sets[page])
         core.release(sets[page], stream)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -95,7 +96,7 @@ def test_ten_thousand_page_cycles_under_compute() -> None:
         page = int(torch.randint(pages, (1,), generator=order))
         core.acquire(sets[page], stream)
         busy = torch.nn.functional.normalize(busy @ busy)
-        wrong += (tensors[page] != page + 1).sum()
+        wrong += (of_page(page) != page + 1).sum()
         core.release(sets[page], stream)
     assert int(wrong) == 0
     core.close()

@@ -215,13 +215,14 @@ def test_the_gaps_of_an_overwritten_group_hold_no_dead_content() -> None:
 
 
 def test_rounding_evenly_never_shifts_a_deadline_by_more_than_half_a_page() -> None:
-    """Shares of pages to keep, rounded: whole, none above a gap's pages, and every sum by deadline that of the shares."""
+    """Shares of pages to keep: whole, none above a gap's pages, and the sum up to every deadline that of the shares."""
     gap_counts = []
     for seed in range(200):
         gaps, rng = demand_of(random_trace(seed), PAGE).gaps, np.random.default_rng(seed)
         exact = gaps.pages * rng.choice((0.0, 0.25, 1 / 3, 0.5, 0.9, 1.0), gaps.count)
         kept = rounded_evenly(gaps, exact)
-        assert kept.dtype == np.int64 and (kept >= 0).all() and (kept <= gaps.pages).all(), seed
+        assert kept.dtype == np.int64
+        assert ((kept >= 0) & (kept <= gaps.pages)).all(), seed
         for deadline in np.unique(gaps.end):
             due = gaps.end <= deadline
             assert abs(float(exact[due].sum()) - int(kept[due].sum())) <= 0.5 + 1e-5, (seed, deadline)

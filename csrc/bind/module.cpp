@@ -74,8 +74,21 @@ void release(Pager& pager, std::uint32_t set, std::uintptr_t stream) {
 
 // What prefetch() gives: the ticket, and the pager that knows the streams. Python keeps the pager alive for it.
 struct BoundTicket {
+  BoundTicket(Pager& of_pager, std::unique_ptr<tp::Ticket> of_ticket) : pager(of_pager), ticket(std::move(of_ticket)) {}
+  BoundTicket(const BoundTicket&) = delete;
+  BoundTicket& operator=(const BoundTicket&) = delete;
+  ~BoundTicket() {
+    if (!waited_on) return;  // then no stream was told that the pages are there
+    try {
+      pager.release(*ticket, *waited_on);
+    } catch (const tp::Error&) {  // still held, then, until the pager ends: better than taken from under a kernel
+      static_cast<void>(ticket.release());
+    }
+  }
+
   Pager& pager;
   std::unique_ptr<tp::Ticket> ticket;
+  std::optional<tp::cuda::Stream> waited_on;
 };
 
 std::int64_t hold(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes, std::uintptr_t stream) {
@@ -304,7 +317,7 @@ void bind_pager_paging(py::class_<Pager>& pager) {
       .def(
           "prefetch",
           [](Pager& self, std::uint32_t set) {
-            return std::make_unique<BoundTicket>(BoundTicket{self, self.prefetch(tp::SetId{set})});
+            return std::make_unique<BoundTicket>(self, self.prefetch(tp::SetId{set}));
           },
           py::arg("set_id"), py::keep_alive<0, 1>(),
           "Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.")
@@ -351,6 +364,7 @@ void bind_ticket(py::module_& module) {
           [](BoundTicket& self, std::uintptr_t stream) {
             const py::gil_scoped_release no_gil;
             self.pager.wait(*self.ticket, interrupted(), stream_of(stream));
+            self.waited_on = stream_of(stream);
           },
           py::arg("stream") = 0,
           "Wait until every page is resident. IoError, BudgetError, ClosedError, KeyboardInterrupt.")

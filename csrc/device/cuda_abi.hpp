@@ -44,7 +44,9 @@ inline constexpr Result kErrorIllegalAddress = 700;
 inline constexpr Result kErrorLaunchFailed = 719;
 inline constexpr Result kErrorNotPermitted = 800;
 inline constexpr Result kErrorNotSupported = 801;
+inline constexpr Result kErrorStreamCaptureImplicit = 906;
 inline constexpr Result kErrorUnknown = 999;
+inline constexpr int kStreamCaptureModeRelaxed = 2;
 
 inline constexpr int kAttributeMultiprocessorCount = 16;
 inline constexpr int kAttributeAsyncEngineCount = 40;
@@ -134,6 +136,7 @@ struct MemAccessDesc {
   X(cuStreamWaitEvent, (Stream stream, Event event, unsigned flags))                                                  \
   X(cuStreamWaitValue32, (Stream stream, DevicePtr address, std::uint32_t value, unsigned flags))                     \
   X(cuStreamWriteValue32, (Stream stream, DevicePtr address, std::uint32_t value, unsigned flags))                    \
+  X(cuThreadExchangeStreamCaptureMode, (int* mode))                                                                   \
   X(cuStreamIsCapturing, (Stream stream, int* status))                                                                \
   X(cuLaunchHostFunc, (Stream stream, HostFunction function, void* user_data))                                        \
   X(cuEventCreate, (Event * event, unsigned flags))                                                                   \

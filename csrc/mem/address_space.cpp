@@ -38,7 +38,7 @@ PageRange AddressSpace::reserve(std::size_t page_count) {
   return reserved.pages;
 }
 
-std::byte* AddressSpace::address(PageId page) const {
+const AddressSpace::Region& AddressSpace::region_of(PageId page) const {
   const std::span<const Region> all = regions();
   const auto after =
       std::upper_bound(all.begin(), all.end(), page.value,
@@ -46,6 +46,11 @@ std::byte* AddressSpace::address(PageId page) const {
   TP_CHECK(after != all.begin());
   const Region& region = *(after - 1);
   TP_CHECK(page.value - region.pages.first < region.pages.count);
+  return region;
+}
+
+std::byte* AddressSpace::address(PageId page) const {
+  const Region& region = region_of(page);
   return region.base + static_cast<std::size_t>(page.value - region.pages.first) * page_bytes_;
 }
 

@@ -52,6 +52,7 @@ class AddressSpace {
   // Addresses for `bytes` from Region::base on, a multiple of the page size. Region::pages is filled in by reserve().
   virtual Region reserve_region(std::size_t bytes) = 0;
   std::span<const Region> regions() const noexcept;
+  const Region& region_of(PageId page) const;
 
  private:
   // Fixed storage, published by the count: the executor and the fault handler look addresses up while another

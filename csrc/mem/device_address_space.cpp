@@ -28,16 +28,19 @@ DeviceAddressSpace::~DeviceAddressSpace() {
 AddressSpace::Region DeviceAddressSpace::reserve_region(std::size_t bytes) {
   const CudaDevice::Current current(*device_);
   cuda::DevicePtr address = 0;
-  device_->driver().cuMemAddressReserve(&address, bytes, page_bytes(), cuda::DevicePtr{0}, 0ull);
-  auto* base = reinterpret_cast<std::byte*>(address);
-  return {base, bytes, base, {}};
+  // One page more than needed: the driver may take an alignment above its granularity for a mere wish.
+  const std::size_t reserved_bytes = bytes + page_bytes();
+  device_->driver().cuMemAddressReserve(&address, reserved_bytes, std::size_t{0}, cuda::DevicePtr{0}, 0ull);
+  const cuda::DevicePtr base = (address + page_bytes() - 1) / page_bytes() * page_bytes();
+  return {reinterpret_cast<std::byte*>(address), reserved_bytes, reinterpret_cast<std::byte*>(base), {}};
 }
 
-// How many of the first pages lie one behind the other, in pages and in addresses.
+// How many of the first pages lie one behind the other in one region. Two regions that happen to touch are two
+// reservations, and no call of the driver is promised to work across.
 std::size_t DeviceAddressSpace::run_length(std::span<const PageId> pages) const {
   std::size_t length = 1;
   while (length < pages.size() && pages[length].value == pages[0].value + length &&
-         address(pages[length]) == address(pages[0]) + length * page_bytes()) {
+         region_of(pages[length]).base == region_of(pages[0]).base) {
     ++length;
   }
   return length;

@@ -18,6 +18,7 @@ constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 constexpr std::int64_t kNotKept = kNever - 1;
 // Page-locked in pieces, so that one refusal says how far it came, and no single call holds the driver's lock for long.
 constexpr std::size_t kRegisterBytes = 1 * kGiB;
+constexpr std::size_t kSmallHostTierFrames = 64;
 
 }  // namespace
 
@@ -34,6 +35,9 @@ DeviceMover::~DeviceMover() {
 
 void DeviceMover::open() {
   tier_.device.bind_thread();
+  // What this thread asks of the driver is no part of a CUDA graph that another thread captures, and must not spoil it.
+  int mode = cuda::kStreamCaptureModeRelaxed;
+  tier_.device.driver().cuThreadExchangeStreamCaptureMode(&mode);
   register_host_memory();
   PageMover::open();
 }
@@ -104,6 +108,8 @@ Start DeviceMover::start(PageId page, Purpose purpose, PageId planned_victim, st
 Start DeviceMover::start_read(PageId page, Purpose purpose, std::int64_t for_action) {
   const std::size_t limit = purpose == Purpose::prefetch ? prefetch_transfers_max_ : transfers_->capacity();
   if (transfers_->in_flight() + reads_.size() + writebacks_.size() >= limit) return Start::no_room;
+  // The last one is for a page that has to leave the device so that those read can go there.
+  if (host_frames_promised() + 1 == host_pool_.frame_count()) return Start::under_way;
   const std::optional<FrameId> frame = free_host_frame(for_action);
   if (!frame) return working() ? Start::under_way : Start::no_frame;
   PageEntry& entry = residency_.table.at(page);
@@ -200,6 +206,17 @@ bool DeviceMover::begin_copy_out(PageId victim) {
   residency_.record(EventKind::copy_out_begin, victim, entry.frame);
   copies_out_.push_back({victim, entry.frame, entry.host_frame, 0});
   return true;
+}
+
+// Those whose page is being read, or waited for and not yet on its way to the device. Counted in a small tier only: in
+// a large one transfers never take them all.
+std::size_t DeviceMover::host_frames_promised() const {
+  if (host_pool_.frame_count() > kSmallHostTierFrames) return 0;
+  return static_cast<std::size_t>(std::count_if(host_frame_page_.begin(), host_frame_page_.end(), [this](PageId page) {
+    if (!page.valid()) return false;
+    const PageEntry& entry = residency_.table.at(page);
+    return entry.state == PageState::reading || (entry.state == PageState::host && entry.pins > 0);
+  }));
 }
 
 void DeviceMover::give_back_host_frame(PageEntry& entry) {

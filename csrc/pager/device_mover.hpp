@@ -94,6 +94,7 @@ class DeviceMover final : public PageMover {
   PageId choose_host_victim(std::int64_t for_action) const;
   std::int64_t comes_in_again(PageId page) const;
   std::int64_t host_worth(PageId page, const PageEntry& entry) const;
+  std::size_t host_frames_promised() const;
   void give_back_host_frame(PageEntry& entry);
   void take_back_stale_frames();
   bool read_ahead_of(PageId page, std::int64_t for_action);

@@ -98,11 +98,6 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
 }
 
 void install() {
-  pthread_atfork([] { attaching.lock(); }, [] { attaching.unlock(); },
-                 [] {
-                   generation.fetch_add(1);
-                   attaching.unlock();
-                 });
   struct sigaction action = {};
   action.sa_sigaction = on_fault;
   // NODEFER: while one thread waits inside, its own later faults (in a handler of somebody else) must still be seen.
@@ -114,6 +109,17 @@ void install() {
 }
 
 }  // namespace
+
+void count_forks() {
+  static std::once_flag counted;
+  std::call_once(counted, [] {
+    pthread_atfork([] { attaching.lock(); }, [] { attaching.unlock(); },
+                   [] {
+                     generation.fetch_add(1);
+                     attaching.unlock();
+                   });
+  });
+}
 
 unsigned fork_generation() noexcept { return generation.load(std::memory_order_relaxed); }
 
@@ -137,6 +143,7 @@ Attached* entry_of(const Residency& residency) noexcept {
 }  // namespace
 
 void attach_fault_handler(AddressSpace& space, Residency& residency) {
+  count_forks();
   static std::once_flag installed;
   std::call_once(installed, install);
   const std::lock_guard lock(attaching);

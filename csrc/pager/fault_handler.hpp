@@ -28,5 +28,7 @@ void detach_fault_handler(const Residency& residency) noexcept;
 
 // True in a child of fork() of the process that created `generation`.
 unsigned fork_generation() noexcept;
+// From the first call on, fork_generation() counts. Pagers of both kinds need it.
+void count_forks();
 
 }  // namespace tp

@@ -20,6 +20,9 @@ namespace {
 constexpr std::size_t kDemandTransfers = 4;  // beside the prefetches in flight
 constexpr unsigned long kMapCountFallback = 65530;
 constexpr std::size_t kDevicePageBytesMax = 32 * kMiB;
+constexpr std::size_t kHostFramesWanted = 16;  // nor the host's budget fewer than so many
+// Of releases: a call to the driver for each is enough, and no list of events grows without end.
+constexpr std::uint64_t kReleasesUncollectedMax = 256;
 constexpr std::size_t kDeviceFramesWanted = 64;  // a page is no larger than leaves the budget so many
 // What a direct read of a page takes in beyond its two ends.
 constexpr std::size_t kHostSlackBytes = kDirectAlignFallbackBytes;
@@ -53,6 +56,10 @@ std::size_t checked_page_bytes(const PagerOptions& options) {
   return options.page_bytes;
 }
 
+std::uint64_t host_budget_of(const DeviceOptions& wanted) {
+  return wanted.host_budget_bytes != 0 ? wanted.host_budget_bytes : kHostBudgetDefault;
+}
+
 std::size_t device_page_bytes(const PagerOptions& options, const CudaDevice& device) {
   const std::size_t granularity = device.facts().granularity_bytes;
   if (options.page_bytes != 0) {
@@ -62,7 +69,10 @@ std::size_t device_page_bytes(const PagerOptions& options, const CudaDevice& dev
                                         "' maps multiples of " + std::to_string(granularity) + " bytes");
   }
   std::size_t page_bytes_max = std::max(kPageBytesMin, granularity);
-  while (page_bytes_max < kDevicePageBytesMax && options.budget_bytes / (2 * page_bytes_max) >= kDeviceFramesWanted)
+  const std::uint64_t host_bytes = host_budget_of(*options.device);
+  const std::uint64_t smaller_budget =
+      std::min(options.budget_bytes, host_bytes * kDeviceFramesWanted / kHostFramesWanted);
+  while (page_bytes_max < kDevicePageBytesMax && smaller_budget / (2 * page_bytes_max) >= kDeviceFramesWanted)
     page_bytes_max *= 2;
   return choose_page_bytes(measure_mapping_cost(device, page_bytes_max), measure_link_bandwidth(device));
 }
@@ -96,6 +106,7 @@ MoverOptions mover_options(const PagerOptions& options, std::size_t page_bytes, 
 }  // namespace
 
 Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) {
+  count_forks();
   if (options.device) {
     make_device_tiers(options);
   } else {
@@ -132,7 +143,7 @@ void Pager::make_device_tiers(const PagerOptions& options) {
   device_ = std::make_shared<CudaDevice>(driver, wanted.ordinal);
   device_memory_is_host_memory_ = wanted.memory_is_host_memory;
   page_bytes_ = device_page_bytes(options, *device_);
-  const std::uint64_t host_bytes = wanted.host_budget_bytes != 0 ? wanted.host_budget_bytes : kHostBudgetDefault;
+  const std::uint64_t host_bytes = host_budget_of(wanted);
   pool_ = std::make_unique<FramePool>(host_bytes, page_bytes_, kHostSlackBytes, device_->facts().host_numa_node);
   host_budget_bytes_ = pool_->frame_count() * pool_->frame_bytes();
   auto space = std::make_shared<DeviceAddressSpace>(device_, page_bytes_);
@@ -155,7 +166,19 @@ void Pager::make_device_tiers(const PagerOptions& options) {
 
 Pager::~Pager() {
   close();
+  if (fork_generation() != fork_generation_) abandon_device();
   if (host_space_ != nullptr) detach_fault_handler(*residency_);
+}
+
+// In a child of fork(), where no call of CUDA works: what belongs to the parent's device is forgotten.
+void Pager::abandon_device() noexcept {
+  if (device_ == nullptr) return;
+  static_cast<void>(executor_.release());  // its mover would unregister host memory
+  static_cast<void>(releases_.release());
+  static_cast<void>(copies_.release());
+  static_cast<void>(device_pool_.release());
+  static_cast<void>(new std::shared_ptr<AddressSpace>(std::move(space_)));
+  static_cast<void>(new std::shared_ptr<CudaDevice>(std::move(device_)));
 }
 
 void Pager::throw_if_unusable() const {
@@ -251,21 +274,51 @@ SetId Pager::add_set(const std::vector<AddressRange>& ranges, const std::string&
 
 const PageSet& Pager::set(SetId id) const { return residency_->set(id); }
 
+void Pager::refuse_capture(cuda::Stream stream) const {
+  if (device_ == nullptr) return;
+  const CudaDevice::Current current(*device_);
+  int status = 0;
+  const cuda::Result result = device_->driver().cuStreamIsCapturing.result(stream, &status);
+  if (result == cuda::kErrorStreamCaptureImplicit || (result == cuda::kSuccess && status != 0)) {
+    throw Error(ErrorKind::device,
+                "paged tensors are used while a CUDA graph is captured: a graph would keep the frames' addresses of "
+                "now and nobody would bring the pages in when it is replayed. Capture a model that is not paged, or "
+                "run this one without a graph",
+                result);
+  }
+}
+
 void Pager::make_stream_wait(cuda::Stream stream, std::uint64_t copy_point) {
   if (copy_point <= copies_->arrivals().reached()) return;
   const CudaDevice::Current current(*device_);
   copies_->arrivals().wait(stream, copy_point);
 }
 
-// 0 on the host.
+// The point of the releases after which the frames may be taken; 0, that is now, on the host, and on a device that is
+// lost: nothing there will read them, and whoever acquires next gets the error. Throws when it can't be told: then
+// nothing has been released.
 std::uint64_t Pager::release_point(cuda::Stream stream) {
   if (device_ == nullptr) return 0;
   const CudaDevice::Current current(*device_);
-  return releases_->record(stream);
+  try {
+    const std::uint64_t point = releases_->record(stream);
+    // The executor sleeps while all is resident; the events that are reached are its to collect.
+    if ((point - releases_->reached()) % kReleasesUncollectedMax == 0) residency_->wake();
+    return point;
+  } catch (const Error& error) {
+    if (context_is_lost(error.error_number())) {
+      residency_->device_lost(error);
+      return 0;
+    }
+    // No event could be had: wait for the stream instead.
+    device_->driver().cuStreamSynchronize(stream);
+    return 0;
+  }
 }
 
 void Pager::acquire(SetId id, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
+  refuse_capture(stream);
   if (!recorder_.off()) {
     recorder_.acquired(id);
     if (recorder_.dry()) return;
@@ -286,14 +339,7 @@ void Pager::release(SetId id, cuda::Stream stream) {
     if (recorder_.dry()) return;
   }
   if (fork_generation() != fork_generation_) return;  // an acquire of the parent's, nothing to give back here
-  std::uint64_t point = 0;
-  try {
-    if (!closed_.load(std::memory_order_relaxed)) point = release_point(stream);
-  } catch (...) {
-    residency_->release(id);  // the device is lost, and with it whatever this waits for
-    throw;
-  }
-  residency_->release(id, point);
+  residency_->release(id, closed_.load(std::memory_order_relaxed) ? 0 : release_point(stream));
 }
 
 void Pager::synchronize(cuda::Stream stream) {
@@ -311,6 +357,7 @@ void Pager::mark_written(SetId id) {
 
 std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
+  refuse_capture(stream);
   SetId id;
   std::size_t page_count = 0;
   {
@@ -395,7 +442,10 @@ void Pager::wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda
   if (device_ != nullptr) make_stream_wait(stream, copy_point);
 }
 
-void Pager::release(Ticket& ticket, cuda::Stream stream) { ticket.release(release_point(stream)); }
+void Pager::release(Ticket& ticket, cuda::Stream stream) {
+  if (fork_generation() != fork_generation_) return;
+  ticket.release(closed_.load(std::memory_order_relaxed) ? 0 : release_point(stream));
+}
 
 void Pager::begin_pass() {
   throw_if_unusable();

@@ -133,6 +133,8 @@ class Pager {
   void make_device_tiers(const PagerOptions& options);
   void make_stream_wait(cuda::Stream stream, std::uint64_t copy_point);
   std::uint64_t release_point(cuda::Stream stream);
+  void abandon_device() noexcept;
+  void refuse_capture(cuda::Stream stream) const;
   void close_device() noexcept;
   void throw_if_unusable() const;
   std::vector<PageId> pages_of(const std::vector<AddressRange>& ranges) const;

@@ -479,6 +479,14 @@ void Residency::fail_all_waiters(const Error& error) {
   while (waiters != nullptr) fail_waiter(*waiters, error);
 }
 
+void Residency::device_lost(const Error& error) {
+  {
+    const std::lock_guard lock(mutex);
+    if (!poison) poison = error;
+  }
+  wake();  // the executor tells those who wait
+}
+
 std::optional<std::int64_t> Residency::eviction_rank(PageId page, std::int64_t used_after) const {
   const PageEntry& entry = table.at(page);
   const auto age = -static_cast<std::int64_t>(entry.last_use);

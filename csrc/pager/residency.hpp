@@ -153,6 +153,8 @@ class Residency {
   void page_arrived(PageId page, FrameId frame);
   void page_failed(PageId page, const Error& error);
   void fail_all_waiters(const Error& error);
+  // Any thread, without the lock: every acquire from now on, and those that wait, get the error.
+  void device_lost(const Error& error);
   void fail_waiter(Waiter& waiter, const Error& error);
   const PageSet& known_set(SetId id) const { return *sets_[id.value]; }
   // The unpinned resident page with the furthest next use (least recently used without a schedule); only one that is

@@ -534,6 +534,13 @@ Result StandinWorld::cuStreamWriteValue32(cuda::Stream handle, DevicePtr address
   return cuda::kSuccess;
 }
 
+Result StandinWorld::cuThreadExchangeStreamCaptureMode(int* mode) {
+  if (mode == nullptr || *mode < 0 || *mode > cuda::kStreamCaptureModeRelaxed) return cuda::kErrorInvalidValue;
+  thread_local int current = 0;
+  std::swap(*mode, current);
+  return cuda::kSuccess;
+}
+
 Result StandinWorld::cuStreamIsCapturing(cuda::Stream handle, int* status) {
   const Lock lock(mutex_);
   if (streams_->find_locked(handle) == nullptr) return cuda::kErrorInvalidHandle;

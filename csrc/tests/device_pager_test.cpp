@@ -512,6 +512,103 @@ TEST(DevicePager, host_copies_can_be_read_when_the_context_is_lost) {
   EXPECT_THROW(pager.acquire(first, {}, device.stream()), Error);
 }
 
+void expect_device_error(const std::function<void()>& call, const std::string& text) {
+  try {
+    call();
+    FAIL() << "no error that says " << text;
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::device);
+    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+  }
+}
+
+TEST(DevicePager, a_release_that_no_event_can_mark_waits_for_the_stream) {
+  StandinDevice device(slow_device(3, 4));
+  const PatternFile file(12 * kDevicePage - 8, 7, kMemoryDirectory);
+  Pager pager(device_options(4, 5));
+  const Region region = pager.map_file(file.path(), 8);
+  const std::vector<SetId> sets = one_set_per_page(pager, region);
+  for (std::size_t page = 0; page < 12; ++page) {
+    pager.acquire(sets[page], {}, device.stream());
+    KernelWork& work = device.new_work();
+    const std::size_t word = (page * kDevicePage + 8) / 8;
+    work.checks.push_back({device_pointer(region.address) + word * 8, pattern(word, 7)});
+    work.duration_ns = 100'000;
+    device.launch(work, device.stream());
+    device.standin().arm({"cuEventRecord", 1, cuda::kErrorOutOfMemory, StandinEffect::once});
+    pager.release(sets[page], device.stream());
+    device.standin().disarm();
+  }
+  device.synchronize(device.stream());
+  EXPECT_EQ(device.wrong(), 0u);
+  EXPECT_TRUE(device.standin().violations().empty());
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+}
+
+TEST(DevicePager, a_release_on_a_lost_device_lets_go_and_the_next_acquire_says_why) {
+  StandinDevice device(slow_device(3, 4));
+  const PatternFile file(3 * kDevicePage - 8, 7, kMemoryDirectory);
+  Pager pager(device_options(4, 5));
+  const Region region = pager.map_file(file.path(), 8);
+  const SetId set = one_set_per_page(pager, region)[0];
+  pager.acquire(set, {}, device.stream());
+  device.standin().lose_context(cuda::kErrorIllegalAddress);
+  pager.release(set, device.stream());
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  expect_device_error([&] { pager.acquire(set, {}, device.stream()); }, "");
+}
+
+TEST(DevicePager, events_of_releases_are_collected_while_nothing_moves) {
+  StandinDevice device(slow_device(5, 4));
+  const PatternFile file(2 * kDevicePage - 8, 7, kMemoryDirectory);
+  Pager pager(device_options(4, 5));
+  const SetId set = one_set_per_page(pager, pager.map_file(file.path(), 8))[0];
+  constexpr std::uint64_t kReleases = 20'000;
+  for (std::uint64_t release = 0; release < kReleases; ++release) {
+    pager.acquire(set, {}, device.stream());
+    pager.release(set, device.stream());
+    if (release % 100 == 0) device.synchronize(device.stream());
+  }
+  EXPECT_EQ(pager.residency().counters().page_ins, 1u);
+  EXPECT_LT(device.standin().calls("cuEventCreate"), kReleases / 2);
+}
+
+TEST(DevicePager, a_stream_that_is_captured_is_refused) {
+  StandinDevice device(slow_device(6, 4));
+  const PatternFile file(2 * kDevicePage - 8, 7, kMemoryDirectory);
+  Pager pager(device_options(4, 5));
+  const Region region = pager.map_file(file.path(), 8);
+  const SetId set = one_set_per_page(pager, region)[0];
+  device.standin().arm({"cuStreamIsCapturing", 1, cuda::kErrorStreamCaptureImplicit, StandinEffect::sticky});
+  expect_device_error([&] { pager.acquire(set, {}, device.stream()); }, "CUDA graph is captured");
+  expect_device_error([&] { pager.hold({region.address, 8}, {}, device.stream()); }, "CUDA graph is captured");
+  device.standin().disarm();
+  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+  pager.acquire(set, {}, device.stream());
+  pager.release(set, device.stream());
+}
+
+// The device is full of pages that it alone has; as many as the host tier has frames are wanted at once.
+TEST(DevicePager, a_small_host_tier_keeps_a_frame_for_what_leaves) {
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    StandinDevice device(slow_device(seed, 12));
+    const PatternFile file(6 * kDevicePage - 8, 7, kMemoryDirectory);
+    Pager pager(device_options(12, 4));
+    const Region region = pager.map_file(file.path(), 8);
+    const Region spill = pager.map_spill(12 * kDevicePage);
+    for (std::size_t page = 0; page < 12; ++page) {
+      const SetId set = pager.add_set({{spill.address + page * kDevicePage, 8}}, "spill");
+      pager.acquire(set, {}, device.stream());
+      pager.mark_written(set);
+      pager.release(set, device.stream());
+    }
+    const SetId all = pager.add_set({{region.address, region.size_bytes}}, "all of the file");
+    pager.acquire(all, {}, device.stream());
+    pager.release(all, device.stream());
+    EXPECT_GE(pager.residency().counters().page_ins, 18u) << seed;
+  }
+}
+
 // Everything a pager does on a device, once.
 void whole_life(StandinDevice& device, const PatternFile& file, const Residency::Interrupted& interrupted) {
   Pager pager(device_options(4, 5));

@@ -125,12 +125,14 @@ def move_group(core: Core, group: Group) -> int:
         return 1
     first = group.slots[0].parameter.detach()
     start_bytes = first.storage_offset() * first.element_size() - group.slots[0].offset_bytes
-    whole = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), start_bytes, (group.size_bytes,), (1,))
+    whole = torch.empty(0, dtype=torch.uint8, device=first.device).set_(
+        first.untyped_storage(), start_bytes, (group.size_bytes,), (1,)
+    )
     shared = tensor_at(core, group.address, (group.size_bytes,), (1,), torch.uint8)
     copy_into(core, shared, whole)
     for slot in group.slots:
         parameter = slot.parameter
-        typed = torch.empty(0, dtype=parameter.dtype).set_(
+        typed = torch.empty(0, dtype=parameter.dtype, device=shared.device).set_(
             shared.untyped_storage(),
             slot.offset_bytes // parameter.element_size(),
             tuple(parameter.shape),

@@ -35,7 +35,7 @@ _METADATA_FUNCTIONS = (
 )
 _VIEW_METHODS = (
     "adjoint alias as_strided chunk detach detach_ diagonal dsplit expand expand_as hsplit moveaxis movedim narrow "
-    "permute resolve_conj resolve_neg select split split_with_sizes squeeze squeeze_ swapaxes swapaxes_ swapdims "
+    "permute select split split_with_sizes squeeze squeeze_ swapaxes swapaxes_ swapdims "
     "swapdims_ t t_ tensor_split transpose transpose_ unbind unflatten unfold unsqueeze unsqueeze_ unsafe_chunk "
     "unsafe_split view view_as view_as_complex view_as_real vsplit"
 )

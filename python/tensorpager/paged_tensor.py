@@ -31,7 +31,7 @@ import torch
 
 from tensorpager import op_rules
 from tensorpager.device import HOST, stream_getter
-from tensorpager.errors import ClosedError, PagedTensorError
+from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -144,12 +144,13 @@ _ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
 class Held:
     """What one operation holds resident. Released explicitly, or at the latest when the operation's frame is gone."""
 
-    __slots__ = ("_backings", "_dry", "_released", "_set_ids", "size_bytes")
+    __slots__ = ("_backings", "_dry", "_released", "_set_ids", "_streams", "size_bytes")
 
     def __init__(self) -> None:
         self.size_bytes = 0
         self._dry = _tracer is not None  # then nothing is held, and by the time of __del__ the core may not be dry
         self._backings: list[Backing] = []
+        self._streams: list[int] = []  # where each was acquired, and so is used
         self._set_ids: list[int] = []
         self._released: list[None] = []
 
@@ -160,6 +161,7 @@ class Held:
         """
         self._backings.append(backing)
         stream = 0 if backing.stream is None else backing.stream()
+        self._streams.append(stream)
         try:
             self._set_ids.extend(map(backing.core.hold, (address,), (size_bytes,), (stream,)))
         except BaseException:
@@ -174,9 +176,8 @@ class Held:
             if self._set_ids[done] < 0:  # more than fits: nothing was held
                 self._released.append(None)
             else:
-                backing = self._backings[done]
-                stream = 0 if backing.stream is None else backing.stream()
-                self._released.extend(map(backing.core.release, (self._set_ids[done],), (stream,)))
+                release = self._backings[done].core.release
+                self._released.extend(map(release, (self._set_ids[done],), (self._streams[done],)))
 
     def __del__(self) -> None:
         if not self._dry:
@@ -261,11 +262,11 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     try:
         result = _call_unguarded(func, (), args, kwargs)
     finally:
-        for tensor, version in versions:
-            if tensor._version != version:
-                _tell_written(tensor)
+        _tell_changed(versions)
         if held is not None:
             held.release()
+    if _writes_watched and torch.is_grad_enabled():
+        _refuse_backward(func, args, kwargs, result)
     return _keep_views_paged(result, args)
 
 
@@ -292,6 +293,25 @@ def _versions(values: Any) -> list[tuple[PagedTensor, int]]:
     return found
 
 
+def _tell_changed(versions: list[tuple[PagedTensor, int]]) -> None:
+    for tensor, version in versions:
+        if tensor._version != version:
+            _tell_written(tensor)
+
+
+def _refuse_backward(func: Callable[..., Any], args: Arguments, kwargs: Keywords, result: Any) -> None:
+    """PagedTensorError when backward would go through an operation on a device's pages, which have left by then."""
+    results = result if isinstance(result, (list, tuple)) else (result,)
+    if not any(isinstance(value, torch.Tensor) and value.grad_fn is not None for value in results):
+        return
+    if _versions((*args, *kwargs.values())):
+        msg = (
+            f"{func.__name__} of a tensor paged on a device was asked for its gradient; such a tensor so far "
+            "works for inference so far: use torch.no_grad(), or detach() the tensor, or call requires_grad_(False)"
+        )
+        raise PagedTensorError(msg)
+
+
 def _tell_written(tensor: PagedTensor) -> None:
     """The operation that just ran has written to the tensor, whose pages are still held."""
     backing = tensor._tp_backing
@@ -312,9 +332,11 @@ def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args
     if all(kind in _ORDINARY_TYPES for kind in types):
         return _guarded(func, args, kwargs)
     held = hold_arguments((*args, *kwargs.values()), None)
+    versions = _versions((*args, *kwargs.values())) if _writes_watched else []
     try:
         return func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
     finally:
+        _tell_changed(versions)
         if held is not None:
             held.release()
 
@@ -403,6 +425,15 @@ def _is_basic_index(index: object) -> bool:
     return all(part is None or part is Ellipsis or type(part) is int or type(part) is slice for part in parts)
 
 
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether the elements are still to be conjugated or negated."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def _resolve(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return _guarded(func, args, kwargs) if _is_lazy(args[0]) else _view(func, args, kwargs)
+
+
 def _get_item(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     return _view(func, args, kwargs) if _is_basic_index(args[1]) else _guarded(func, args, kwargs)
 
@@ -413,7 +444,7 @@ def _conversion(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> 
     if type(tensor) is not PagedTensor or "memory_format" in kwargs:
         return "copy"
     with _NoGuard():
-        probe = torch.empty(0, dtype=tensor.dtype)
+        probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         converted = func(probe, *args[1:], **kwargs)
     if converted is probe:
         return "keep"
@@ -557,13 +588,23 @@ def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
     """As for an ordinary tensor. Only the elements that are printed are touched, so a large tensor is not paged in."""
     tensor = args[0]
     prefix = "Parameter containing:\n" if getattr(tensor, "_is_param", False) else ""
-    with _NoGuard():
-        if tensor._tp_backing is not None and tensor._tp_backing.core.closed:
-            return f"{prefix}PagedTensor(closed, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
-        is_leaf = tensor.is_leaf  # then without a grad_fn of the alias's own
-        plain_leaf = torch.Tensor._make_subclass(torch.Tensor, tensor, tensor.requires_grad) if is_leaf else None
-        text: str = func(tensor.as_subclass(torch.Tensor) if plain_leaf is None else plain_leaf, **kwargs)
-        return prefix + text
+    closed = tensor._tp_backing is not None and tensor._tp_backing.core.closed
+    try:
+        # On a device a kernel that touches what is absent ends the context.
+        held = hold_arguments((tensor,), None) if _writes_watched and not closed else None
+    except BudgetError:
+        return f"{prefix}PagedTensor(larger than its budget, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
+    try:
+        with _NoGuard():
+            if closed:
+                return f"{prefix}PagedTensor(closed, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
+            is_leaf = tensor.is_leaf  # then without a grad_fn of the alias's own
+            plain_leaf = torch.Tensor._make_subclass(torch.Tensor, tensor, tensor.requires_grad) if is_leaf else None
+            text: str = func(tensor.as_subclass(torch.Tensor) if plain_leaf is None else plain_leaf, **kwargs)
+            return prefix + text
+    finally:
+        if held is not None:
+            held.release()
 
 
 def _known(handler: Handler, owner: object, names: str) -> dict[Callable[..., Any], Handler]:
@@ -589,6 +630,8 @@ def _make_handlers() -> dict[Callable[..., Any], Handler]:
     handlers.update(_known(_format, torch.Tensor, "__format__"))
     handlers.update(_known(_refuse_move, torch.Tensor, "resize_ resize_as_ share_memory_"))
     handlers.update(_known(_may_replace, torch, "_has_compatible_shallow_copy_type"))
+    handlers.update(_known(_resolve, torch.Tensor, "resolve_conj resolve_neg"))
+    handlers.update(_known(_resolve, torch, "resolve_conj resolve_neg"))
     handlers[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
     return handlers
 
@@ -603,6 +646,8 @@ def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> 
         return not _is_contiguous(args, kwargs)
     if handler is _get_item:
         return not _is_basic_index(args[1])
+    if handler is _resolve:
+        return _is_lazy(args[0])
     if handler is _convert:
         return _conversion(func, args, kwargs) == "copy"
     return handler not in (_pass_through, _view, _address, _may_replace, _repr, _format)

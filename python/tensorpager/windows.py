@@ -76,20 +76,18 @@ class Window:
 class Call:
     """One call of a module, run by `frame`. See [Note: one C call]."""
 
-    __slots__ = ("_done", "_window", "frame")
+    __slots__ = ("_done", "_stream", "_window", "frame")
 
     def __init__(self, window: Window, frame: FrameType) -> None:
         self.frame = frame
         self._window = window
+        self._stream = 0 if window.stream is None else window.stream()
         self._done: list[None] = []  # one entry once acquired, two once released
 
     def acquire(self) -> None:
         """Wait for the pages. Raises what the core's acquire raises."""
         window = self._window
-        if window.stream is None:
-            self._done.extend(map(window.core.acquire, (window.set_id,)))
-        else:
-            self._done.extend(map(window.core.acquire, (window.set_id,), (window.stream(),)))
+        self._done.extend(map(window.core.acquire, (window.set_id,), (self._stream,)))
         window.open.append(self)
 
     def release(self) -> None:
@@ -98,8 +96,7 @@ class Call:
         if self in window.open:
             window.open.remove(self)
         if len(self._done) == 1:
-            stream = 0 if window.stream is None else window.stream()
-            self._done.extend(map(window.core.release, (window.set_id,), (stream,)))
+            self._done.extend(map(window.core.release, (window.set_id,), (self._stream,)))
 
 
 class UnguardedCall:
