@@ -13,6 +13,8 @@
 #include <mutex>
 #include <string_view>
 
+#include "device/driver.hpp"
+
 namespace tp {
 namespace {
 
@@ -203,7 +205,10 @@ CufileFacts cufile_facts(const CufileSession& session, const std::string& statis
 
 CufileFacts probe_cufile(const std::string& library_path, const std::string& statistics_path) noexcept {
   try {
-    const CufileSession session(Cufile::load(library_path));
+    const Cufile& library = Cufile::load(library_path);
+    // Where CUDA has no driver, cuFile would only write to stderr and to a log in the working directory.
+    if (library_path == kCufileLibrary) CudaDriver::system();
+    const CufileSession session(library);
     return cufile_facts(session, statistics_path);
   } catch (const std::exception& error) {
     return {false, false, error.what()};

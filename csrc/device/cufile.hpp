@@ -6,7 +6,7 @@
 // throw; .result() hands the status out, for destructors and for refusals that are an answer.
 //
 // Direct or not. Where the kernel module nvidia-fs is missing, cuFile still works: it reads into host memory and copies
-// ("compatibility mode"), which is slower than our own host tier. probe_cufile() tells the two apart by what the
+// ("compatibility mode"), which saves nothing over our own host tier. probe_cufile() tells the two apart by what the
 // library says of the module, and by the module's own statistics in /proc.
 //
 // Threads: any; a thread that transfers, or registers memory, has the memory's context current. Blocking: opening a
@@ -92,7 +92,7 @@ class Cufile {
 
   std::string library_path_;
   void* library_ = nullptr;
-  Close close_counted_ = nullptr;     // null before cuFile 1.4 or so: see CufileSession
+  Close close_counted_ = nullptr;     // null in releases that do not count: see CufileSession
   GetVersion get_version_ = nullptr;  // null in old libraries
 };
 
