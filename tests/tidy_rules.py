@@ -17,7 +17,7 @@ FUNCTION_LINES_MAX = 70
 # Which layers of csrc a layer may include, itself always among them (DESIGN.md, "Layout and direction").
 LAYERS = {
     "base": {"base"},
-    "io": {"base", "io"},
+    "io": {"base", "device", "io"},
     "device": {"base", "device"},
     "mem": {"base", "device", "mem"},
     "pager": {"base", "io", "device", "mem", "pager"},

@@ -13,10 +13,11 @@
 //             wait(): nobody reads, writes or frees it. Disk I/O that has started can't be cancelled, so the destructor
 //             drains; memory must outlive the queue. File descriptors stay the caller's; one may be closed when no
 //             request will name it again (its FileId is never given to another).
-// Registered  Where facts().memory_registered holds, the kernel keeps the physical pages that stood behind registered
-// memory.     memory then: a request names the address that was registered even when the pages have been moved with
-//             mremap since, and no engine dereferences it. Otherwise the address must be mapped, readable and writable,
-//             while a request is in flight. A request lies wholly in registered memory or wholly outside.
+// Registered  Where facts().registered_pages_may_move holds, the kernel keeps the physical pages that stood behind
+// memory.     registered memory then: a request names the address that was registered even when the pages have been
+//             moved with mremap since, and no engine dereferences it. Otherwise the address must be mapped, readable
+//             and writable, while a request is in flight, and what was registered stays where it is. A request lies
+//             wholly in registered memory or wholly outside.
 // Room.       At most depth() requests may be in flight; the caller counts (submitting more is an assertion).
 // Alignment.  Memory, offset and size of a request obey the file's alignment (File::align) when it was opened direct.
 // Finished.   A request completes once. Short transfers, EINTR and EAGAIN are finished inside the engine. A completion
@@ -77,10 +78,11 @@ struct IoQueueOptions {
 };
 
 struct IoQueueFacts {
-  std::string engine;                        // "uring", "pread", "null", "sim"
+  std::string engine;                        // "uring", "pread", "null", "sim", "cufile"
   bool memory_registered = false;            // transfers use registered memory
   std::string memory_registered_reason;      // why not, when not
   std::vector<std::string> kernel_features;  // e.g. "DEFER_TASKRUN", "RESTRICTIONS"
+  bool registered_pages_may_move = false;    // see "Registered memory"; never without memory_registered
 };
 
 struct IoQueueCounters {

@@ -1,31 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The reference engine: a few threads that call pread(2) and pwrite(2). It needs nothing of the kernel, so it is what
-// runs where io_uring is refused, and what every other engine is compared with.
-//
-//   owner                            worker (min(depth, kThreadsMax) of them)
-//   submit() -> todo (mutex)  -->  takes a task, calls the kernel until TransferProgress says finished
-//   wait()   <- done (mutex)  <--  appends the completion; signals done_event_ when done was empty
-//
-// Invariant under the mutex: done_event_ is signalled exactly when done holds something. So a wait() that finds done
-// empty can block on done_event_ and wake_ together and miss neither.
-#include <pthread.h>
-#include <signal.h>
+// runs where io_uring is refused, and what every other engine is compared with. Its threads are worker_queue.cpp's.
 #include <unistd.h>
 
 #include <cerrno>
-#include <condition_variable>
-#include <deque>
-#include <mutex>
-#include <system_error>
-#include <thread>
-#include <utility>
 
-#include "base/check.hpp"
-#include "base/error.hpp"
 #include "io/io_queue.hpp"
-#include "io/queue_counters.hpp"
-#include "io/transfer_progress.hpp"
-#include "io/wake_event.hpp"
+#include "io/worker_queue.hpp"
 
 namespace tp {
 namespace {
@@ -33,202 +14,27 @@ namespace {
 // More threads than this read no faster from one drive (bench/io_queue_bench) and only add context switches.
 constexpr unsigned kThreadsMax = 8;
 
-struct OpenFile {
-  int descriptor = -1;
-  std::uint32_t align_bytes = 1;
-};
-
-struct Task {
-  int descriptor = -1;  // copied from the file table, which only the owner reads
-  TransferProgress progress;
-};
-
-// What the owner and the workers share.
-struct Shared {
-  std::mutex mutex;  // guards the rest
-  std::condition_variable todo_ready;
-  std::deque<Task> todo;
-  std::vector<IoCompletion> done;
-  bool stopping = false;
-};
-
-// New threads inherit the signal mask: with all signals blocked, handlers run on the program's own threads.
-class SignalsBlocked {
+class PreadTransfers final : public BlockingTransfers {
  public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    TP_CHECK(pthread_sigmask(SIG_SETMASK, &all, &before_) == 0);
-  }
-  ~SignalsBlocked() { TP_CHECK(pthread_sigmask(SIG_SETMASK, &before_, nullptr) == 0); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
-};
-
-class PreadQueue final : public IoQueue {
- public:
-  explicit PreadQueue(const IoQueueOptions& options) : options_(options), process_(getpid()) {
-    TP_CHECK(options_.depth > 0 && options_.depth <= kIoDepthMax);
-    const unsigned threads = std::min(options_.depth, kThreadsMax);
-    workers_.reserve(threads);
-    const SignalsBlocked signals_blocked;
-    try {
-      while (workers_.size() < threads) workers_.emplace_back([this] { work(); });
-    } catch (const std::system_error& error) {
-      stop();
-      throw Error(ErrorKind::engine,
-                  "the pread engine could not start its " + std::to_string(threads) +
-                      " threads: " + describe_errno(error.code().value()) +
-                      ". Raise the limit on processes (`ulimit -u`, pids cgroup).",
-                  error.code().value());
-    }
-  }
-
-  ~PreadQueue() override {
-    if (getpid() != process_) {  // a child of fork() has the object but not the threads
-      for (std::thread& worker : workers_) worker.detach();
-      static_cast<void>(shared_.release());  // destroying a condition variable waits for its waiters, who are not here
-      return;
-    }
-    stop();  // workers finish what has been submitted first: memory may be freed after this
-  }
-
-  unsigned depth() const noexcept override { return options_.depth; }
   IoQueueFacts facts() const override {
     return {"pread", false, "the pread engine has no use for registered memory", {}};
   }
-  IoQueueCounters counters() const noexcept override { return counters_.snapshot(); }
+  File add_file(int descriptor) override { return static_cast<File>(descriptor); }
+  void register_memory(std::span<std::byte>) override {}
 
-  FileId add_file(int descriptor, std::uint32_t direct_align_bytes) override {
-    TP_CHECK(descriptor >= 0);
-    TP_CHECK(direct_align_bytes > 0);
-    if (files_.size() == kFilesMax) throw Error(ErrorKind::invalid, "too many files for one IoQueue (kFilesMax)");
-    files_.push_back({descriptor, direct_align_bytes});
-    return FileId{static_cast<std::uint32_t>(files_.size() - 1)};
+  int transfer(IoOp op, File file, const TransferPiece& piece) noexcept override {
+    const auto descriptor = static_cast<int>(file);
+    const auto offset = static_cast<off_t>(piece.offset_bytes);
+    const ssize_t moved = op == IoOp::read ? pread(descriptor, piece.memory, piece.size_bytes, offset)
+                                           : pwrite(descriptor, piece.memory, piece.size_bytes, offset);
+    return moved < 0 ? -errno : static_cast<int>(moved);
   }
-
-  void register_memory(std::span<std::byte> memory) override {
-    TP_CHECK(!memory.empty());
-    TP_CHECK(counters_.snapshot().requests == 0);
-  }
-
-  void submit(std::span<const IoRequest> requests) override {
-    TP_CHECK(in_flight_ + requests.size() <= options_.depth);
-    if (requests.empty()) return;
-    {
-      const std::lock_guard lock(shared_->mutex);
-      for (const IoRequest& request : requests) {
-        TP_CHECK(request.file.value < files_.size());
-        const OpenFile& file = files_[request.file.value];
-        shared_->todo.push_back({file.descriptor, {request, file.align_bytes, options_.transfer_max_bytes}});
-        counters_.count_request();
-      }
-    }
-    in_flight_ += static_cast<unsigned>(requests.size());
-    if (requests.size() == 1) {
-      shared_->todo_ready.notify_one();
-    } else {
-      shared_->todo_ready.notify_all();
-    }
-  }
-
-  std::size_t wait(std::vector<IoCompletion>& completions, std::chrono::nanoseconds timeout) override {
-    const Deadline deadline(timeout);
-    for (bool last_look = false;;) {
-      if (const std::size_t count = take_done(completions)) return count;
-      if (wake_.consume() || last_look) return 0;
-      wait_for_events(wake_, &done_event_, deadline);
-      counters_.count_system_call();
-      last_look = !deadline.endless() && deadline.remaining().count() == 0;
-    }
-  }
-
-  void wake() noexcept override { wake_.signal(); }
-
-  // Leaves wake_ alone: a wake() during drain() is for the next wait().
-  void drain(std::vector<IoCompletion>& completions) override {
-    const Deadline never(kWaitForever);
-    while (in_flight_ > 0) {
-      if (take_done(completions) == 0) wait_for_events(done_event_, nullptr, never);
-    }
-  }
-
- private:
-  std::size_t take_done(std::vector<IoCompletion>& completions) {
-    const std::lock_guard lock(shared_->mutex);
-    const std::size_t count = shared_->done.size();
-    if (count == 0) return 0;
-    TP_CHECK(count <= in_flight_);
-    completions.insert(completions.end(), shared_->done.begin(), shared_->done.end());
-    shared_->done.clear();
-    TP_CHECK(done_event_.consume());
-    in_flight_ -= static_cast<unsigned>(count);
-    return count;
-  }
-
-  void work() {
-    pthread_setname_np(pthread_self(), "tensorpager-io");
-    for (;;) {
-      std::unique_lock lock(shared_->mutex);
-      shared_->todo_ready.wait(lock, [this] { return shared_->stopping || !shared_->todo.empty(); });
-      if (shared_->todo.empty()) return;
-      Task task = std::move(shared_->todo.front());
-      shared_->todo.pop_front();
-      lock.unlock();
-
-      transfer(task);
-      const IoCompletion completion = task.progress.completion();
-      counters_.count_completion(task.progress.request().op, completion);
-      lock.lock();
-      shared_->done.push_back(completion);
-      if (shared_->done.size() == 1) done_event_.signal();
-    }
-  }
-
-  void transfer(Task& task) {
-    const IoRequest& request = task.progress.request();
-    TransferProgress::Verdict verdict = TransferProgress::Verdict::again;
-    while (verdict == TransferProgress::Verdict::again) {
-      const TransferPiece piece = task.progress.next_piece();
-      const auto offset = static_cast<off_t>(piece.offset_bytes);
-      const ssize_t moved = request.op == IoOp::read ? pread(task.descriptor, piece.memory, piece.size_bytes, offset)
-                                                     : pwrite(task.descriptor, piece.memory, piece.size_bytes, offset);
-      int raw_result = moved < 0 ? -errno : static_cast<int>(moved);
-      counters_.count_system_call();
-      if (options_.filter) raw_result = options_.filter(request, raw_result);
-      verdict = task.progress.advance(piece, raw_result);
-      counters_.count_result(task.progress);
-    }
-  }
-
-  void stop() {
-    {
-      const std::lock_guard lock(shared_->mutex);
-      shared_->stopping = true;
-    }
-    shared_->todo_ready.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-
-  const IoQueueOptions options_;
-  const pid_t process_;
-  std::vector<OpenFile> files_;  // owner only
-  unsigned in_flight_ = 0;       // owner only
-  WakeEvent wake_;
-  WakeEvent done_event_;
-  QueueCounters counters_;
-
-  std::unique_ptr<Shared> shared_ = std::make_unique<Shared>();
-  std::vector<std::thread> workers_;
 };
 
 }  // namespace
 
 std::unique_ptr<IoQueue> make_pread_queue(const IoQueueOptions& options) {
-  return std::make_unique<PreadQueue>(options);
+  return make_worker_queue("pread", options, kThreadsMax, std::make_unique<PreadTransfers>());
 }
 
 }  // namespace tp

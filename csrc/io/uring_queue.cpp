@@ -85,7 +85,9 @@ class UringQueue final : public IoQueue {
 
   unsigned depth() const noexcept override { return options_.depth; }
   IoQueueCounters counters() const noexcept override { return counters_.snapshot(); }
-  IoQueueFacts facts() const override { return {"uring", !slices_.empty(), unregistered_reason_, ring_.features()}; }
+  IoQueueFacts facts() const override {
+    return {"uring", !slices_.empty(), unregistered_reason_, ring_.features(), !slices_.empty()};
+  }
 
   FileId add_file(int descriptor, std::uint32_t direct_align_bytes) override;
   void register_memory(std::span<std::byte> memory) override;

@@ -13,9 +13,11 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "io/cufile_queue.hpp"
 #include "io/file.hpp"
 #include "io/probe.hpp"
 #include "sim/sim_queue.hpp"
+#include "sim/standin_cufile.hpp"
 #include "tests/child_process.hpp"
 #include "tests/io_fixture.hpp"
 
@@ -40,6 +42,13 @@ std::unique_ptr<IoQueue> make_sim_queue(const IoQueueOptions& options) {
   return std::make_unique<SimQueue>(sim);
 }
 
+// The device of the engines that have one; the stand-in's, for one test.
+std::unique_ptr<CudaDevice> standin_device;
+
+std::unique_ptr<IoQueue> make_standin_cufile_queue(const IoQueueOptions& options) {
+  return make_cufile_queue(options, Cufile::load(TENSORPAGER_STANDIN_CUFILE), *standin_device);
+}
+
 struct EngineCase {
   const char* name;
   std::unique_ptr<IoQueue> (*make)(const IoQueueOptions&);
@@ -49,11 +58,17 @@ const EngineCase kEngines[] = {
     {"uring_plain", [](const IoQueueOptions& options) { return make_plain_uring_queue(options); }},
     {"pread", make_pread_queue},
     {"sim", make_sim_queue},
+    {"cufile", make_standin_cufile_queue},
 };
 
 class ConformanceTest : public ::testing::TestWithParam<EngineCase> {
  protected:
   void SetUp() override {
+    if (is_cufile()) {
+      tensorpager_standin_driver()->reset();
+      tensorpager_standin_cufile()->reset();
+      standin_device = std::make_unique<CudaDevice>(CudaDriver::load(TENSORPAGER_STANDIN_DRIVER), 0);
+    }
     if (std::string(GetParam().name).rfind("uring", 0) != 0) return;
     try {
       make({});
@@ -61,7 +76,16 @@ class ConformanceTest : public ::testing::TestWithParam<EngineCase> {
       GTEST_SKIP() << error.what();
     }
   }
+  void TearDown() override {
+    if (!is_cufile()) return;
+    EXPECT_EQ(tensorpager_standin_cufile()->violations(), std::vector<std::string>{});
+    EXPECT_EQ(tensorpager_standin_cufile()->reset().total(), 0u);
+    standin_device.reset();
+    EXPECT_EQ(tensorpager_standin_driver()->violations(), std::vector<std::string>{});
+    EXPECT_EQ(tensorpager_standin_driver()->reset().total(), 0u);
+  }
   std::unique_ptr<IoQueue> make(const IoQueueOptions& options) const { return GetParam().make(options); }
+  bool is_cufile() const { return std::string(GetParam().name) == "cufile"; }
   bool is_sim() const { return std::string(GetParam().name) == "sim"; }
 };
 
@@ -154,7 +178,7 @@ TEST_P(ConformanceTest, registered_memory_is_named_by_its_first_address_for_ever
   const auto queue = make({});
   const Memory frame(kMiB), home(kMiB);
   queue->register_memory(frame.span());
-  if (!queue->facts().memory_registered) GTEST_SKIP() << queue->facts().memory_registered_reason;
+  if (!queue->facts().registered_pages_may_move) GTEST_SKIP() << queue->facts().memory_registered_reason;
   void* moved = mremap(frame.at(0), kMiB, kMiB, MREMAP_MAYMOVE | MREMAP_FIXED, home.at(0));
   ASSERT_EQ(moved, static_cast<void*>(home.at(0)));
   const IoRequest request = read_request(0, add(*queue, file), 0, frame.at(0), kMiB);
