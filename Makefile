@@ -21,6 +21,7 @@ JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 FUZZ_SECONDS ?= 60
 
 BIN := $(abspath $(VENV))/bin
@@ -29,7 +30,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export CMAKE_GENERATOR := Ninja
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMPS := build/stamps/$(subst /,_,$(VENV))
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 BUILD_FILES := CMakeLists.txt pyproject.toml $(wildcard third_party/cmake/*.cmake)
 
 # A stamp outlives a virtual environment that somebody removed: then make it again.
@@ -62,6 +63,10 @@ test-python: test-cpp $(STAMPS)/extra-test
 .PHONY: bench
 bench: $(STAMPS)/extra-test ## Measure, in interleaved rounds, and print ratios of medians
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+.PHONY: gpu-check
+gpu-check: ## On a machine with an NVIDIA GPU: build, run the tests that need it, measure; no network, nothing installed
+	$(PYTHON) bench/gpu_check.py $(GPU_CHECK_ARGS)
 
 .PHONY: lint
 lint: $(STAMPS)/extra-dev ## Check format, lint and types; change nothing

@@ -7,6 +7,8 @@
 
 #include "base/error.hpp"
 #include "bind/dlpack.hpp"
+#include "device/cufile.hpp"
+#include "device/mapping_cost.hpp"
 #include "io/probe.hpp"
 #include "pager/event_ring.hpp"
 #include "pager/pager.hpp"
@@ -266,6 +268,26 @@ std::pair<std::uint64_t, std::uint64_t> device_memory(int ordinal) {
   return {device.free_bytes(), device.facts().total_bytes};
 }
 
+py::dict mapping_costs(int ordinal, std::size_t page_bytes_max, const std::string& driver_library) {
+  std::vector<tp::MappingCost> costs;
+  double link_bytes_per_second = 0;
+  std::string name;
+  {
+    const py::gil_scoped_release no_gil;
+    const bool stand_in = !driver_library.empty();
+    const tp::CudaDevice device(stand_in ? tp::CudaDriver::load(driver_library) : tp::CudaDriver::system(), ordinal);
+    name = device.facts().name;
+    costs = tp::measure_mapping_cost(device, page_bytes_max);
+    link_bytes_per_second = tp::measure_link_bandwidth(device);
+  }
+  py::list rows;
+  for (const tp::MappingCost& cost : costs)
+    rows.append(py::dict(py::arg("page_bytes") = cost.page_bytes, py::arg("map_ns") = cost.map_ns,
+                         py::arg("unmap_ns") = cost.unmap_ns));
+  return py::dict(py::arg("device") = name, py::arg("link_bytes_per_second") = link_bytes_per_second,
+                  py::arg("costs") = rows);
+}
+
 void bind_probe(py::module_& module) {
   py::class_<tp::EngineCandidate>(module, "EngineCandidate", "An I/O engine and whether, and why, it can run here.")
       .def_readonly("engine", &tp::EngineCandidate::engine)
@@ -281,6 +303,17 @@ void bind_probe(py::module_& module) {
              "Engines, best first, each with its reason.");
   module.def("device_memory", &device_memory, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
              "(free, total) bytes of a CUDA device now. EngineError when it can't be used, DeviceError.");
+  py::class_<tp::CufileFacts>(module, "CufileFacts", "Whether cuFile (GPUDirect Storage) works here, and directly.")
+      .def_readonly("usable", &tp::CufileFacts::usable)
+      .def_readonly("direct", &tp::CufileFacts::direct)
+      .def_readonly("reason", &tp::CufileFacts::reason);
+  module.def(
+      "probe_cufile", [] { return tp::probe_cufile(); }, py::call_guard<py::gil_scoped_release>(),
+      "Loads cuFile, opens it and closes it. Raises nothing.");
+  module.def("mapping_costs", &mapping_costs, py::arg("device"), py::arg("page_bytes_max") = std::size_t{32} << 20,
+             py::arg("driver_library") = "",
+             "Measured now: medians of mapping and unmapping a page of each size, ns, and the link's bandwidth. "
+             "EngineError, DeviceError.");
   module.def("probe_directory", &tp::probe_directory, py::arg("directory"), py::call_guard<py::gil_scoped_release>(),
              "What the directory's file system offers; IoError if it can't be written.");
 }

@@ -12,6 +12,7 @@ import numpy.typing
 import typing_extensions
 
 __all__: list[str] = [
+    "CufileFacts",
     "DirectoryFacts",
     "EVENT_KINDS",
     "EngineCandidate",
@@ -20,6 +21,8 @@ __all__: list[str] = [
     "Region",
     "Ticket",
     "device_memory",
+    "mapping_costs",
+    "probe_cufile",
     "probe_directory",
     "probe_engines",
 ]
@@ -49,6 +52,17 @@ class DirectoryFacts:
     def file_system(self) -> str: ...
     @property
     def reason(self) -> str: ...
+
+class CufileFacts:
+    """
+    Whether cuFile (GPUDirect Storage) works here, and directly.
+    """
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def usable(self) -> bool: ...
 
 class Region:
     """
@@ -267,6 +281,20 @@ class Pager:
 def device_memory(device: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
     """
     (free, total) bytes of a CUDA device now. EngineError when it can't be used, DeviceError.
+    """
+
+def mapping_costs(
+    device: typing.SupportsInt | typing.SupportsIndex,
+    page_bytes_max: typing.SupportsInt | typing.SupportsIndex = 33554432,
+    driver_library: str = "",
+) -> dict[str, typing.Any]:
+    """
+    Measured now: medians of mapping and unmapping a page of each size, ns, and the link's bandwidth. EngineError, DeviceError.
+    """
+
+def probe_cufile() -> CufileFacts:
+    """
+    Loads cuFile, opens it and closes it. Raises nothing.
     """
 
 def probe_directory(directory: str) -> DirectoryFacts:

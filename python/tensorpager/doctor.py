@@ -65,6 +65,7 @@ def examine(directories: Sequence[str | os.PathLike[str]] = (".",)) -> Report:
         _huge_pages(),
         _map_count(),
         _gpu(),
+        *_transport(),
     ]
     has_engine = any(finding.topic == "engine" and finding.verdict != "absent" for finding in findings)
     lacks = any(finding.needed and finding.verdict == "absent" for finding in findings)
@@ -229,3 +230,21 @@ def _gpu() -> Finding:
         "page(model, device='cuda') pages through registered host frames" if count.value else "no device to page to"
     )
     return Finding("gpu", "CUDA driver", "ok" if count.value else "limited", value, detail)
+
+
+def _transport() -> list[Finding]:
+    """How pages get from the drive to a device, and whether there is a shorter way."""
+    try:
+        from tensorpager import _core
+    except ImportError:
+        return []
+    facts = _core.probe_cufile()
+    if facts.direct:
+        cufile = Finding(
+            "gpu", "cuFile", "limited", "direct, not used yet", f"{facts.reason}; paging does not use it yet"
+        )
+    else:
+        value = "works, but copies through host memory itself" if facts.usable else "not usable here"
+        cufile = Finding("gpu", "cuFile", "limited", value, facts.reason)
+    value = "drive -> registered host frame -> device frame"
+    return [Finding("gpu", "transport", "ok", value, "works with every drive and file system"), cufile]

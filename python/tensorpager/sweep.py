@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from tensorpager._core import Pager
 
-__all__ = ["Sweep", "sweep_files"]
+__all__ = ["Sweep", "set_sweep_schedule", "sweep_files"]
 
 BUDGET_BYTES = 128 * 2**20
 PAGES_A_STEP = 4
@@ -67,7 +67,7 @@ def sweep_files(
             for place in range(0, len(addresses), PAGES_A_STEP)
         ]
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        _set_schedule(core, sets)
+        set_sweep_schedule(core, sets)
         for set_id in sets:
             core.acquire(set_id)
             core.release(set_id)
@@ -78,8 +78,8 @@ def sweep_files(
         core.close()
 
 
-def _set_schedule(core: Pager, sets: list[int]) -> None:
-    """First in, first out: each page takes the frame of the one that was read a budget's worth before it."""
+def set_sweep_schedule(core: Pager, sets: list[int]) -> None:
+    """One pass, repeated, first in, first out: each page takes the frame of the one read a budget before it."""
     pages = np.concatenate([core.set_pages(set_id) for set_id in sets])
     step_of = np.repeat(np.arange(len(sets)), [len(core.set_pages(set_id)) for set_id in sets])
     resident = min(core.frame_count, len(pages))
