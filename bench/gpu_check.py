@@ -66,7 +66,8 @@ class Check:
 
 def environment() -> dict[str, str]:
     paths = [str(SITE), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    found = os.pathsep.join(path for path in paths if path)
+    return {**os.environ, "PYTHONPATH": found, "TENSORPAGER_REQUIRE_GPU": "1"}  # a test that can't run is a failure
 
 
 def build(check: Check, prefix: str) -> bool:
