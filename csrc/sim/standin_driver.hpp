@@ -29,7 +29,9 @@
 // polls_step_time:
 //   false  a query says what has really happened, and the clock jumps to that operation's end;
 //   true   a query says "done" only when the clock has got there. Otherwise it moves the clock to the next end of any
-//          operation, as time goes by for a host that polls. Use this where several events are polled in a loop.
+//          operation, as time goes by for a host that polls. Use this where several events are polled in a loop. Where
+//          another thread asks for work, host_waits says when that one has nothing left to ask for: a thread that this
+//          machine has not come round to yet must not cost simulated time.
 // With real_seconds_per_simulated_second above 0 operations also take that long, and the host's clock follows the
 // machine's.
 //
@@ -61,6 +63,7 @@ struct StandinOptions {
   std::chrono::microseconds delay_max{0};  // 0: as fast as it goes, in one piece
   bool hides_races = false;                // for programs that are wrong on purpose
   bool polls_step_time = false;
+  std::function<bool()> host_waits = {};  // asked by such a query; false: the clock stays
   double real_seconds_per_simulated_second = 0;
   std::uint64_t host_to_device_bytes_per_second = 0;
   std::uint64_t device_to_host_bytes_per_second = 0;

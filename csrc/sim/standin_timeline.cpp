@@ -89,7 +89,7 @@ bool StandinTimeline::query(const StandinOperation& operation) {
     return operation.is_done;
   }
   if (operation.is_done && (!operation.is_settled || operation.end_ns <= host_now_ns())) return true;
-  step();
+  if (!options_.host_waits || options_.host_waits()) step();
   return false;
 }
 

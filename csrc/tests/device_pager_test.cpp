@@ -380,9 +380,17 @@ TEST(DevicePager, closing_waits_for_kernels_that_were_released) {
 
 constexpr std::uint64_t kLinkBytesPerSecond = 50'000'000'000;
 
-StandinOptions timed_device(std::size_t device_frames) {
+// pager: null until it is made. The clock moves only while its caller waits for pages.
+StandinOptions timed_device(std::size_t device_frames, const std::atomic<Pager*>& pager) {
   StandinOptions options;
   options.polls_step_time = true;
+  options.host_waits = [&pager] {
+    Pager* made = pager.load();
+    if (made == nullptr) return true;
+    Residency& residency = made->residency();
+    const std::lock_guard lock(residency.mutex);
+    return residency.waiters != nullptr || residency.closing;
+  };
   options.host_to_device_bytes_per_second = kLinkBytesPerSecond;
   options.device_to_host_bytes_per_second = kLinkBytesPerSecond;
   options.device_memory_bytes = device_frames * kDevicePage;
@@ -395,9 +403,11 @@ constexpr double link_ns(std::size_t pages) {
 
 TEST(DevicePager, a_stream_of_pages_keeps_the_link_busy) {
   constexpr std::size_t kPages = 40, kFrames = 10;
-  StandinDevice device(timed_device(kFrames));
+  std::atomic<Pager*> made{nullptr};
+  StandinDevice device(timed_device(kFrames, made));
   const PatternFile file(kPages * kDevicePage, 7, kMemoryDirectory);
   Pager pager(device_options(kFrames, kPages + 2));
+  made = &pager;
   const Region region = pager.map_file(file.path());
   const std::vector<SetId> sets = one_set_per_page(pager, region);
   const SweepSchedule schedule(sets, kFrames, 8);
@@ -419,9 +429,11 @@ TEST(DevicePager, a_paged_pass_takes_no_longer_than_compute_or_link) {
   const std::size_t moved = kPages - (kFrames - kThrough);
   for (const double share : {0.5, 0.8, 1.25, 2.0}) {  // compute, of the link's time
     SCOPED_TRACE("compute / link " + std::to_string(share));
-    StandinDevice device(timed_device(kFrames));
+    std::atomic<Pager*> made{nullptr};
+    StandinDevice device(timed_device(kFrames, made));
     const PatternFile file(kPages * kDevicePage, 7, kMemoryDirectory);
     Pager pager(device_options(kFrames, kPages + 2));
+    made = &pager;
     const Region region = pager.map_file(file.path());
     const std::vector<SetId> sets = one_set_per_page(pager, region);
     const SweepSchedule schedule(sets, kFrames, kThrough);
