@@ -200,6 +200,7 @@ void add_counters(py::dict& result, const Pager& pager) {
   result["zero_fills"] = counts.zero_fills;
   result["host_hits"] = counts.host_hits;
   result["reads"] = counts.reads;
+  result["direct_reads"] = counts.direct_reads;
   result["copies_out"] = counts.copies_out;
   result["evictions"] = counts.evictions;
   result["writebacks"] = counts.writebacks;
@@ -242,10 +243,18 @@ py::dict stats(const Pager& pager) {
   return result;
 }
 
+tp::Transport transport_of(const std::string& name) {
+  if (name == "auto") return tp::Transport::automatic;
+  if (name == "host") return tp::Transport::host_tier;
+  if (name == "cufile") return tp::Transport::cufile;
+  throw tp::Error(tp::ErrorKind::invalid, "transport is '" + name + "'; it must be 'auto', 'host' or 'cufile'");
+}
+
 std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine,
                                   unsigned io_depth, std::uint64_t inflight_bytes, const std::string& spill_directory,
                                   std::size_t event_capacity, int device, std::uint64_t host_budget_bytes,
-                                  const std::string& driver_library) {
+                                  const std::string& driver_library, const std::string& transport,
+                                  const std::string& cufile_library) {
   const py::gil_scoped_release no_gil;
   tp::PagerOptions options;
   options.budget_bytes = budget_bytes;
@@ -258,7 +267,8 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
   if (device >= 0) {
     const bool stand_in = !driver_library.empty();
     const tp::CudaDriver& driver = stand_in ? tp::CudaDriver::load(driver_library) : tp::CudaDriver::system();
-    options.device = tp::DeviceOptions{&driver, device, host_budget_bytes, stand_in};
+    options.device =
+        tp::DeviceOptions{&driver, device, host_budget_bytes, stand_in, transport_of(transport), cufile_library};
   }
   return std::make_unique<Pager>(options);
 }
@@ -415,6 +425,9 @@ void bind_pager_facts(py::class_<Pager>& pager) {
           "pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
           "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
       .def_property_readonly("budget_bytes", &Pager::budget_bytes)
+      .def_property_readonly("transport", &Pager::transport,
+                             "How pages of files get to the device: 'host' or 'cufile'; empty without a device.")
+      .def_property_readonly("transport_reason", &Pager::transport_reason, "Why that one.")
       .def_property_readonly(
           "device", [](const Pager& self) { return self.device() == nullptr ? -1 : self.device()->facts().ordinal; },
           "Number of the CUDA device, -1 on the host.")
@@ -464,11 +477,14 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       .def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
            py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
            py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
-           py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "",
+           py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "", py::arg("transport") = "auto",
+           py::arg("cufile_library") = "",
            "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
            "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
-           "for tests, a stand-in for the driver whose device memory is host memory. BudgetError, MemoryMapError, "
-           "EngineError, DeviceError, ValueError.")
+           "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "
+           "'auto' "
+           "(cuFile where it is direct), 'host' or 'cufile'. BudgetError, MemoryMapError, EngineError, DeviceError, "
+           "ValueError.")
       .def("map_file", &Pager::map_file, py::arg("path"), py::arg("aligned_offset_bytes") = 0,
            py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at "

@@ -40,6 +40,7 @@ void DeviceMover::open() {
   tier_.device.driver().cuThreadExchangeStreamCaptureMode(&mode);
   register_host_memory();
   PageMover::open();
+  if (options_.make_direct_queue) direct_ = std::make_unique<DirectReader>(options_.make_direct_queue());
 }
 
 void DeviceMover::register_host_memory() {
@@ -82,8 +83,9 @@ bool DeviceMover::victim_busy(const PageEntry& victim) const noexcept {
 }
 
 bool DeviceMover::working() const {
-  return transfers_->in_flight() > 0 || device_behind() || !reads_.empty() || !copies_in_.empty() ||
-         !copies_out_.empty() || !writebacks_.empty();
+  const bool reads_direct = direct_ != nullptr && direct_->in_flight() > 0;
+  return transfers_->in_flight() > 0 || reads_direct || device_behind() || !reads_.empty() || !direct_reads_.empty() ||
+         !copies_in_.empty() || !copies_out_.empty() || !writebacks_.empty();
 }
 
 bool DeviceMover::device_behind() const {
@@ -100,9 +102,45 @@ Start DeviceMover::start(PageId page, Purpose purpose, PageId planned_victim, st
   if (entry.state == PageState::absent && entry.backing != Backing::zero) {
     const Tape* tape = residency_.tape.get();
     const bool scheduled = purpose == Purpose::prefetch && tape != nullptr;
-    return start_read(page, purpose, scheduled ? tape->next_action : kBeforeAll);
+    const std::int64_t for_action = scheduled ? tape->next_action : kBeforeAll;
+    if (goes_direct(page, entry, for_action)) return start_direct(page, purpose, planned_victim, used_after);
+    return start_read(page, purpose, for_action);
   }
   return start_copy(page, purpose, planned_victim, used_after);
+}
+
+// Not while the host tier has room to keep pages in, nor those that the next page-in is to find there.
+bool DeviceMover::goes_direct(PageId page, const PageEntry& entry, std::int64_t for_action) const {
+  if (direct_ == nullptr || entry.backing != Backing::checkpoint || host_pool_.free_count() > 1) return false;
+  const Tape* tape = residency_.tape.get();
+  if (tape == nullptr) return true;
+  const std::int64_t after = std::max(for_action + 1, tape->next_action);
+  const auto next = tape->schedule().next_page_in(page, after);
+  return !next || !tape->schedule().host_hit(*next);
+}
+
+Start DeviceMover::start_direct(PageId page, Purpose purpose, PageId planned_victim, std::int64_t used_after) {
+  const std::size_t capacity = direct_->capacity();
+  const std::size_t limit = purpose == Purpose::prefetch ? std::max<std::size_t>(1, capacity - 1) : capacity;
+  if (direct_->in_flight() + direct_reads_.size() >= limit) return Start::no_room;
+  const std::optional<FrameId> frame = free_device_frame(planned_victim, used_after);
+  if (!frame) return working() ? Start::under_way : Start::no_frame;
+  PageEntry& entry = residency_.table.at(page);
+  ++residency_.counts.direct_reads;
+  count_page_in(page, purpose, *frame);
+  const PageSource source = source_of(entry);
+  direct_reads_.push_back({page, *frame, source.file, source.offset_bytes, source.valid_bytes, entry.lead_bytes});
+  return Start::started;
+}
+
+void DeviceMover::count_page_in(PageId page, Purpose purpose, FrameId frame) {
+  Counters& counts = residency_.counts;
+  ++counts.page_ins;
+  ++(purpose == Purpose::prefetch ? counts.prefetches : counts.faults);
+  residency_.table.at(page).frame = frame;
+  residency_.table.set_state(page, PageState::copying_in);
+  if (purpose == Purpose::demand) residency_.record(EventKind::fault, page, frame);
+  residency_.record(EventKind::page_in_begin, page, frame);
 }
 
 Start DeviceMover::start_read(PageId page, Purpose purpose, std::int64_t for_action) {
@@ -142,15 +180,10 @@ Start DeviceMover::start_copy(PageId page, Purpose purpose, PageId planned_victi
     copy.skip_bytes = whole ? 0 : static_cast<std::uint32_t>(entry.offset_bytes % kDirectAlignFallbackBytes);
   }
   Counters& counts = residency_.counts;
-  ++counts.page_ins;
-  ++(purpose == Purpose::prefetch ? counts.prefetches : counts.faults);
   if (!entry.host_frame.valid()) ++counts.zero_fills;
   if (entry.host_frame.valid() && !read_for_this_copy_[page.value]) ++counts.host_hits;
   read_for_this_copy_[page.value] = false;
-  entry.frame = *frame;
-  residency_.table.set_state(page, PageState::copying_in);
-  if (purpose == Purpose::demand) residency_.record(EventKind::fault, page, *frame);
-  residency_.record(EventKind::page_in_begin, page, *frame);
+  count_page_in(page, purpose, *frame);
   copies_in_.push_back(copy);
   return Start::started;
 }
@@ -335,6 +368,7 @@ void DeviceMover::read_ahead() {
 bool DeviceMover::read_ahead_of(PageId page, std::int64_t for_action) {
   const PageEntry& entry = residency_.table.at(page);
   if (entry.state != PageState::absent || entry.backing == Backing::zero) return true;
+  if (goes_direct(page, entry, for_action)) return true;  // it needs no host frame
   return start_read(page, Purpose::prefetch, for_action) == Start::under_way && entry.state == PageState::reading;
 }
 
@@ -343,6 +377,7 @@ bool DeviceMover::read_ahead_of(PageId page, std::int64_t for_action) {
 void DeviceMover::carry_out() {
   if (lost_) {
     leaving_.clear(), copies_in_.clear(), copies_out_.clear(), reads_.clear(), writebacks_.clear();
+    direct_reads_.clear();
     return;
   }
   // Reads first: they take longest, and nothing below waits.
@@ -353,12 +388,71 @@ void DeviceMover::carry_out() {
   try {
     tier_.space.unmap(leaving_);
     leaving_.clear();
+    carry_out_direct_reads();
     carry_out_copies_in();
     carry_out_copies_out();
   } catch (const Error&) {
     lost_ = true;  // which address shows what is no longer certain
     throw;
   }
+}
+
+void DeviceMover::carry_out_direct_reads() {
+  if (direct_reads_.empty()) return;
+  std::vector<PageMapping> mappings;
+  for (const DirectReader::Read& read : direct_reads_) mappings.push_back({read.page, read.frame});
+  tier_.space.map(tier_.pool, mappings);
+  for (const DirectReader::Read& read : direct_reads_) {
+    try {
+      direct_->start(read, tier_.space.address(read.page));
+    } catch (const Error& error) {  // the engine refuses the file
+      direct_finished_.push_back({read, error});
+    }
+  }
+  direct_reads_.clear();
+}
+
+void DeviceMover::poll_direct_reads() {
+  if (direct_ == nullptr) return;
+  direct_->poll(direct_finished_);
+  if (!lost_) {
+    for (const DirectReader::Finished& finished : direct_finished_) {
+      if (finished.error) {
+        fail_direct_read(finished.read, *finished.error);
+      } else {
+        finish_direct_read(finished.read);
+      }
+    }
+  }
+  direct_finished_.clear();
+}
+
+void DeviceMover::finish_direct_read(const DirectReader::Read& read) {
+  std::byte* address = tier_.space.address(read.page);
+  const std::size_t end = read.lead_bytes + read.size_bytes, page_bytes = host_pool_.page_bytes();
+  CopyIn zeros{read.page, read.frame, FrameId{}, 0, 0, 0, 0};
+  if (read.lead_bytes > 0) tier_.copies.zero(address, read.lead_bytes);
+  if (end < page_bytes) tier_.copies.zero(address + end, page_bytes - end);
+  if (end - read.lead_bytes < page_bytes) zeros.point = tier_.copies.end_to_device();
+  const std::lock_guard lock(residency_.mutex);
+  residency_.table.at(read.page).copy_point = zeros.point;
+  residency_.page_arrived(read.page, read.frame);
+  if (zeros.point > 0) {
+    copies_in_flight_.push_back(zeros);
+  } else {
+    residency_.record(EventKind::page_in_end, read.page, read.frame);
+  }
+}
+
+void DeviceMover::fail_direct_read(const DirectReader::Read& read, const Error& error) {
+  PageId page = read.page;
+  tier_.space.unmap({&page, 1});
+  const std::lock_guard lock(residency_.mutex);
+  PageEntry& entry = residency_.table.at(page);
+  entry.frame = FrameId{};
+  tier_.pool.put(read.frame);
+  residency_.table.set_state(page, PageState::failed);
+  residency_.page_failed(page, error);
 }
 
 void DeviceMover::carry_out_copies_in() {
@@ -400,9 +494,11 @@ void DeviceMover::carry_out_copies_out() {
 // ---------------------------------------------------------------- finish
 
 void DeviceMover::poll(std::chrono::nanoseconds timeout) {
-  poll_transfers(device_behind() ? std::min<std::chrono::nanoseconds>(timeout, kDevicePoll) : timeout);
-  if (lost_) return;
+  const bool reads_direct = direct_ != nullptr && (direct_->in_flight() > 0 || !direct_finished_.empty());
+  poll_transfers(device_behind() || reads_direct ? std::min<std::chrono::nanoseconds>(timeout, kDevicePoll) : timeout);
+  if (lost_) return poll_direct_reads();
   try {
+    poll_direct_reads();
     poll_device();
   } catch (const Error&) {
     lost_ = true;
@@ -513,7 +609,7 @@ void DeviceMover::wait_for_device() {
 }
 
 bool DeviceMover::drained() const {
-  if (transfers_->in_flight() > 0) return false;
+  if (transfers_->in_flight() > 0 || (direct_ != nullptr && direct_->in_flight() > 0)) return false;
   return lost_ || !device_behind();
 }
 

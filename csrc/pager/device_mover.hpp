@@ -12,6 +12,9 @@
 // so what is cached is what the device tier can't hold. With no schedule the least recently used goes. Nothing is read
 // again while it is still there.
 //
+// Straight in. Where cuFile is direct, pages of files go from the drive to their device frame, once the host tier is
+// full, and unless the schedule says that it will be asked for them again. Such a page has arrived when it is read.
+//
 // Who waits for whom. A page counts as arrived once its copy is issued; acquire() makes the caller's stream wait for
 // it. A frame is taken from a page when nothing pins it, its last copy is done, and every stream that released it is
 // past the release (Residency::quiet). Nobody waits for the device as a whole, and no driver call here waits at all.
@@ -30,6 +33,7 @@
 #include "device/cuda_device.hpp"
 #include "mem/device_address_space.hpp"
 #include "mem/device_frame_pool.hpp"
+#include "pager/direct_reader.hpp"
 #include "pager/page_mover.hpp"
 
 namespace tp {
@@ -85,6 +89,9 @@ class DeviceMover final : public PageMover {
   static constexpr std::int64_t kBeforeAll = -1;
 
   Start start_read(PageId page, Purpose purpose, std::int64_t for_action);
+  bool goes_direct(PageId page, const PageEntry& entry, std::int64_t for_action) const;
+  Start start_direct(PageId page, Purpose purpose, PageId planned_victim, std::int64_t used_after);
+  void count_page_in(PageId page, Purpose purpose, FrameId frame);
   Start start_copy(PageId page, Purpose purpose, PageId planned_victim, std::int64_t used_after);
   bool evictable(PageId page) const;
   std::optional<FrameId> free_device_frame(PageId planned_victim, std::int64_t used_after);
@@ -99,6 +106,10 @@ class DeviceMover final : public PageMover {
   void take_back_stale_frames();
   bool read_ahead_of(PageId page, std::int64_t for_action);
 
+  void carry_out_direct_reads();
+  void poll_direct_reads();
+  void finish_direct_read(const DirectReader::Read& read);
+  void fail_direct_read(const DirectReader::Read& read, const Error& error);
   void carry_out_copies_in();
   void carry_out_copies_out();
   void finish(FinishedTransfer& transfer) override;
@@ -118,6 +129,7 @@ class DeviceMover final : public PageMover {
   std::vector<CopyIn> copies_in_;
   std::vector<CopyOut> copies_out_;
   std::vector<Read> reads_;
+  std::vector<DirectReader::Read> direct_reads_;
   std::vector<std::pair<PageId, FrameId>> writebacks_;
   // Issued, not yet reached; in order.
   std::deque<CopyIn> copies_in_flight_;
@@ -130,6 +142,8 @@ class DeviceMover final : public PageMover {
   std::int64_t next_read_ = 0;
   std::size_t next_initial_read_ = 0;
   std::size_t copies_in_flight_max_;
+  std::unique_ptr<DirectReader> direct_;  // null: every page goes through the host tier
+  std::vector<DirectReader::Finished> direct_finished_;
   bool lost_ = false;
 };
 

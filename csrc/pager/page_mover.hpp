@@ -35,7 +35,8 @@ namespace tp {
 
 struct MoverOptions {
   std::function<std::unique_ptr<IoQueue>()> make_queue;  // called on the executor thread, which is the queue's owner
-  std::uint64_t inflight_bytes = 0;                      // of prefetch
+  std::function<std::unique_ptr<IoQueue>()> make_direct_queue;  // likewise; none: every page goes through the host tier
+  std::uint64_t inflight_bytes = 0;                             // of prefetch
   std::string spill_directory;
 };
 

@@ -8,7 +8,9 @@
 #include <string>
 
 #include "base/check.hpp"
+#include "device/cufile.hpp"
 #include "device/mapping_cost.hpp"
+#include "io/cufile_queue.hpp"
 #include "io/probe.hpp"
 #include "pager/device_mover.hpp"
 #include "pager/fault_handler.hpp"
@@ -155,6 +157,7 @@ void Pager::make_device_tiers(const PagerOptions& options) {
   releases_ = std::make_unique<EventTimeline>(device_);
   residency_ = std::make_unique<Residency>(*space_, frame_count_, options.event_capacity, 2);
   MoverOptions for_mover = mover_options(options, page_bytes_, pool_->frame_bytes(), pool_->frame_count());
+  choose_transport(wanted, for_mover);
   // Staging: what reads ahead of the copies, and what is being copied.
   const std::size_t staging = for_mover.inflight_bytes / page_bytes_ + kDeviceInflightPages;
   host_cache_frames_ = pool_->frame_count() - std::min(staging, pool_->frame_count() / 2);
@@ -162,6 +165,25 @@ void Pager::make_device_tiers(const PagerOptions& options) {
       *residency_, std::make_unique<DeviceMover>(
                        *residency_, *pool_, DeviceTier{*device_, *device_space_, *device_pool_, *copies_, *releases_},
                        std::move(for_mover)));
+}
+
+void Pager::choose_transport(const DeviceOptions& wanted, MoverOptions& options) {
+  transport_ = "host";
+  transport_reason_ = "asked for";
+  if (wanted.transport == Transport::host_tier) return;
+  const std::string library_path = wanted.cufile_library.empty() ? kCufileLibrary : wanted.cufile_library;
+  const CufileFacts facts = probe_cufile(library_path);
+  if (wanted.transport == Transport::automatic && !facts.direct) {
+    transport_reason_ = "cuFile is not direct: " + facts.reason;
+    return;
+  }
+  if (!facts.usable) throw Error(ErrorKind::engine, "transport cufile was asked for: " + facts.reason);
+  transport_ = "cufile";
+  transport_reason_ = facts.reason;
+  IoQueueOptions queue_options;
+  options.make_direct_queue = [queue_options, library_path, device = device_] {
+    return make_cufile_queue(queue_options, Cufile::load(library_path), *device);
+  };
 }
 
 Pager::~Pager() {

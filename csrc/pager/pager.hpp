@@ -35,11 +35,20 @@
 
 namespace tp {
 
+// How pages of files get from the drive to a device.
+enum class Transport : std::uint8_t {
+  automatic,  // cuFile where it goes past host memory, else by the host tier
+  host_tier,
+  cufile,  // even where it copies through host memory itself; Error(engine) where it does not work
+};
+
 struct DeviceOptions {
   const CudaDriver* driver = nullptr;
   int ordinal = 0;
   std::uint64_t host_budget_bytes = 0;  // of the host tier beneath; 0: kHostBudgetDefault
   bool memory_is_host_memory = false;   // of a stand-in for the driver
+  Transport transport = Transport::automatic;
+  std::string cufile_library;  // tests: instead of the system's
 };
 
 struct PagerOptions {
@@ -77,6 +86,9 @@ class Pager {
   Region map_file(const std::string& path, std::uint64_t aligned_offset_bytes = 0);
   Region map_spill(std::uint64_t size_bytes);  // Error(memory), Error(invalid)
   const std::shared_ptr<AddressSpace>& space() const noexcept { return space_; }
+  // "host" or "cufile", and why; empty without a device.
+  const std::string& transport() const noexcept { return transport_; }
+  const std::string& transport_reason() const noexcept { return transport_reason_; }
 
   SetId add_set(const std::vector<AddressRange>& ranges, const std::string& name);  // Error(invalid)
   const PageSet& set(SetId id) const;
@@ -134,6 +146,7 @@ class Pager {
   void make_stream_wait(cuda::Stream stream, std::uint64_t copy_point);
   std::uint64_t release_point(cuda::Stream stream);
   void abandon_device() noexcept;
+  void choose_transport(const DeviceOptions& wanted, MoverOptions& options);
   void refuse_capture(cuda::Stream stream) const;
   void close_device() noexcept;
   void throw_if_unusable() const;
@@ -150,6 +163,7 @@ class Pager {
   std::size_t host_cache_frames_ = 0;  // of the tier beneath a device, less those for staging
   bool device_memory_is_host_memory_ = false;
   std::shared_ptr<CudaDevice> device_;
+  std::string transport_, transport_reason_;
   std::shared_ptr<AddressSpace> space_;
   HostAddressSpace* host_space_ = nullptr;  // space_, or
   DeviceAddressSpace* device_space_ = nullptr;

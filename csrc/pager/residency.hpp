@@ -53,6 +53,7 @@ struct Counters {
   std::uint64_t zero_fills = 0;              // of these, without I/O
   std::uint64_t host_hits = 0;               // of these, from the host tier of a device, without a read
   std::uint64_t reads = 0;                   // pages read into the host tier of a device
+  std::uint64_t direct_reads = 0;            // pages read straight into a device
   std::uint64_t copies_out = 0;              // pages copied from a device to its host tier
   std::uint64_t evictions = 0;
   std::uint64_t writebacks = 0;

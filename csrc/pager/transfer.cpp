@@ -161,21 +161,27 @@ std::optional<Error> TransferQueue::finish_page_in(Slot& slot) {
 }
 
 Error TransferQueue::describe(const Slot& slot) const {
-  const std::string where = slot.source.file->path() + " at offset " + std::to_string(slot.error_offset_bytes) +
-                            " (page " + std::to_string(slot.page.value) + ")";
-  if (slot.file_ended_early) {
+  return transfer_error(slot.kind, *slot.source.file, slot.error_offset_bytes, slot.page, slot.error_number,
+                        slot.file_ended_early);
+}
+
+Error transfer_error(TransferKind kind, const File& file, std::uint64_t offset_bytes, PageId page, int error_number,
+                     bool file_ended_early) {
+  const std::string where =
+      file.path() + " at offset " + std::to_string(offset_bytes) + " (page " + std::to_string(page.value) + ")";
+  if (file_ended_early) {
     return Error(ErrorKind::io,
                  where +
                      ": the file ends there, but held more when it was opened; it was truncated or is being "
                      "rewritten. Restore it and load the model again",
                  EIO);
   }
-  const char* what = slot.kind == TransferKind::page_in ? "reading " : "writing ";
-  std::string message = what + where + " failed: " + describe_errno(slot.error_number);
-  if (slot.error_number == EIO) message += "; the drive reports a fault (see the kernel log)";
-  if (slot.error_number == ENOSPC)
+  const char* what = kind == TransferKind::page_in ? "reading " : "writing ";
+  std::string message = what + where + " failed: " + describe_errno(error_number);
+  if (error_number == EIO) message += "; the drive reports a fault (see the kernel log)";
+  if (error_number == ENOSPC)
     message += "; the spill's file system is full: free space or name another directory (store=)";
-  return Error(ErrorKind::io, std::move(message), slot.error_number);
+  return Error(ErrorKind::io, std::move(message), error_number);
 }
 
 }  // namespace tp

@@ -46,6 +46,10 @@ struct PageSource {
   std::uint64_t checksum = 0;
 };
 
+// What went wrong with a page's bytes, and where.
+Error transfer_error(TransferKind kind, const File& file, std::uint64_t offset_bytes, PageId page, int error_number,
+                     bool file_ended_early);
+
 class TransferQueue {
  public:
   TransferQueue(std::unique_ptr<IoQueue> queue, FramePool& pool);

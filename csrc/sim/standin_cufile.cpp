@@ -7,7 +7,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
+#include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 
@@ -184,7 +187,7 @@ class CufileWorld final : public StandinCufile {
       admitted_bytes_max = options_.admitted_bytes_max;
     }
     std::byte* memory = base + memory_offset_bytes;
-    const ssize_t moved = is_read ? pread(descriptor, memory, size_bytes, file_offset_bytes)
+    const ssize_t moved = is_read ? read_any(descriptor, memory, size_bytes, file_offset_bytes)
                                   : pwrite(descriptor, memory, size_bytes, file_offset_bytes);
     if (moved <= 0 || admitted_bytes_max == 0) return moved;
     return std::min(moved, static_cast<ssize_t>(admitted_bytes_max));
@@ -192,6 +195,23 @@ class CufileWorld final : public StandinCufile {
 
  private:
   CufileWorld() = default;
+
+  // A file that is open direct takes whole blocks alone; cuFile reads what it is asked for through a buffer then.
+  static ssize_t read_any(int descriptor, std::byte* memory, std::size_t size_bytes, off_t offset_bytes) {
+    constexpr std::size_t kBlock = 4096;
+    const bool aligned =
+        (reinterpret_cast<std::uintptr_t>(memory) | size_bytes | static_cast<std::size_t>(offset_bytes)) % kBlock == 0;
+    if (aligned || (fcntl(descriptor, F_GETFL) & O_DIRECT) == 0)
+      return pread(descriptor, memory, size_bytes, offset_bytes);
+    const std::size_t skip = static_cast<std::size_t>(offset_bytes) % kBlock;
+    const std::size_t whole = (skip + size_bytes + kBlock - 1) / kBlock * kBlock;
+    const std::unique_ptr<void, decltype(&std::free)> buffer(std::aligned_alloc(kBlock, whole), &std::free);
+    const ssize_t moved = pread(descriptor, buffer.get(), whole, offset_bytes - static_cast<off_t>(skip));
+    if (moved < 0) return moved;
+    const std::size_t got = static_cast<std::size_t>(moved) > skip ? static_cast<std::size_t>(moved) - skip : 0;
+    std::memcpy(memory, static_cast<std::byte*>(buffer.get()) + skip, std::min(got, size_bytes));
+    return static_cast<ssize_t>(std::min(got, size_bytes));
+  }
 
   bool is_open_locked() const { return sessions_ > 0 || options_.is_open_elsewhere; }
 

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "device/mapping_cost.hpp"
+#include "sim/standin_cufile.hpp"
 #include "standin_fixture.hpp"
 
 namespace tp {
@@ -54,7 +55,9 @@ class DeviceShadow {
   DeviceShadow(StandinDevice& device, Random& random, std::size_t device_frames, std::size_t host_frames)
       : device_(device),
         file_((6 + below(random, 14)) * kDevicePage - 8 * below(random, 1000), 3, kMemoryDirectory),
-        pager_(device_options(device_frames, host_frames)) {
+        // Every other pager reads straight into the device.
+        pager_(device_options(device_frames, host_frames,
+                              below(random, 2) == 0 ? Transport::cufile : Transport::host_tier)) {
     region_ = pager_.map_file(file_.path(), 8);
     spill_ = pager_.map_spill((1 + below(random, 6)) * kDevicePage);
     streams_ = {device.stream(), nullptr};
@@ -159,9 +162,10 @@ class DeviceShadow {
 };
 
 TEST(DevicePager, two_thousand_random_schedules_show_kernels_the_right_bytes) {
-  std::uint64_t evictions = 0, host_hits = 0, copies_out = 0, writebacks = 0;
+  std::uint64_t evictions = 0, host_hits = 0, copies_out = 0, writebacks = 0, direct_reads = 0;
   for (int seed = 1; seed <= kSeeds; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
+    tensorpager_standin_cufile()->reset();
     Random random(static_cast<std::uint64_t>(seed));
     const std::size_t device_frames = 4 + below(random, 8), host_frames = 4 + below(random, 10);
     StandinDevice device(slow_device(static_cast<std::uint64_t>(seed), device_frames));
@@ -175,6 +179,7 @@ TEST(DevicePager, two_thousand_random_schedules_show_kernels_the_right_bytes) {
       const Counters counts = shadow.pager().residency().counters();
       evictions += counts.evictions, host_hits += counts.host_hits;
       copies_out += counts.copies_out, writebacks += counts.writebacks;
+      direct_reads += counts.direct_reads;
       EXPECT_EQ(shadow.pager().residency().pinned_pages(), 0u);
       EXPECT_LE(shadow.pager().bytes_in_use_max(), device_frames * kDevicePage);
       EXPECT_LE(shadow.pager().host_bytes_in_use_max(), shadow.pager().host_budget_bytes());
@@ -185,7 +190,9 @@ TEST(DevicePager, two_thousand_random_schedules_show_kernels_the_right_bytes) {
     ASSERT_EQ(device.standin().unregistered_copies(), 0u);
     device.close();
     ASSERT_EQ(device.standin().alive().total(), 0u);
+    ASSERT_EQ(tensorpager_standin_cufile()->alive().total(), 0u);
   }
+  EXPECT_GT(direct_reads, static_cast<std::uint64_t>(kSeeds));
   // The runs were tight enough to mean something.
   EXPECT_GT(evictions, static_cast<std::uint64_t>(kSeeds) * 8);
   EXPECT_GT(host_hits, static_cast<std::uint64_t>(kSeeds) * 2);
@@ -531,6 +538,81 @@ void expect_device_error(const std::function<void()>& call, const std::string& t
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::device);
     EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+  }
+}
+
+TEST(DevicePager, a_read_that_cufile_fails_names_the_file_and_can_be_tried_again) {
+  tensorpager_standin_cufile()->reset();
+  StandinDevice device(slow_device(4, 4));
+  const PatternFile file(6 * kDevicePage - 8, 7, kMemoryDirectory);
+  {
+    Pager pager(device_options(4, 5, Transport::cufile));
+    EXPECT_EQ(pager.transport(), "cufile");
+    const Region region = pager.map_file(file.path(), 8);
+    const std::vector<SetId> sets = one_set_per_page(pager, region);
+    for (std::size_t page = 2; page < 6; ++page) {  // the host tier is full then, but for the frame that it keeps free
+      pager.acquire(sets[page], {}, device.stream());
+      pager.release(sets[page], device.stream());
+    }
+    for (const char* call : {"cuFileHandleRegister", "cuFileRead"}) {
+      tensorpager_standin_cufile()->arm({call, 1, cufile::kErrorInternal, cuda::kSuccess, false});
+      try {
+        pager.acquire(sets[1], {}, device.stream());
+        FAIL() << call;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::io) << error.what();
+      }
+      EXPECT_EQ(tensorpager_standin_cufile()->fired(), 1u);
+      EXPECT_EQ(pager.residency().pinned_pages(), 0u);
+    }
+    sweep(device, pager, region, {sets[0], sets[1], sets[2], sets[3], sets[4], sets[5]}, 2);
+    EXPECT_EQ(pager.residency().counters().failures, 2u);
+    EXPECT_GE(pager.residency().counters().direct_reads, 4u);
+  }
+  EXPECT_EQ(tensorpager_standin_cufile()->alive().total(), 0u);
+}
+
+// What the schedule will ask the host tier for is read through it, and read once.
+TEST(DevicePager, straight_reads_leave_the_host_tier_what_it_can_hold) {
+  tensorpager_standin_cufile()->reset();
+  constexpr std::size_t kPages = 20, kFrames = 6;
+  for (const std::size_t host_frames : {std::size_t{4}, kPages + 12}) {
+    StandinDevice device(slow_device(4, kFrames));
+    const PatternFile file(kPages * kDevicePage, 7, kMemoryDirectory);
+    Pager pager(device_options(kFrames, host_frames, Transport::cufile));
+    const Region region = pager.map_file(file.path());
+    const std::vector<SetId> sets = one_set_per_page(pager, region);
+    const SweepSchedule schedule(sets, kFrames, 4);
+    pager.set_schedule(schedule.arrays());
+    sweep(device, pager, region, sets, 4);
+    const Counters counts = pager.residency().counters();
+    if (host_frames > kPages) {
+      EXPECT_LE(counts.reads + counts.direct_reads, kPages);
+      EXPECT_GT(counts.host_hits, 2 * kPages);
+    } else {
+      EXPECT_GT(counts.direct_reads, 2 * kPages);
+      EXPECT_LE(counts.reads + counts.direct_reads, counts.page_ins);
+    }
+  }
+}
+
+TEST(DevicePager, cufile_is_chosen_where_it_is_direct_alone) {
+  tensorpager_standin_cufile()->reset();
+  StandinDevice device(slow_device(4, 4));
+  PagerOptions options = device_options(4, 5, Transport::automatic);
+  {
+    const Pager pager(options);  // this machine has no nvidia-fs
+    EXPECT_EQ(pager.transport(), "host");
+    EXPECT_NE(pager.transport_reason().find("not direct"), std::string::npos) << pager.transport_reason();
+  }
+  options.device->transport = Transport::cufile;
+  options.device->cufile_library = "libno-such-cufile.so";
+  try {
+    const Pager pager(options);
+    FAIL() << "there is no such library";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::engine);
+    EXPECT_NE(std::string(error.what()).find("libno-such-cufile.so"), std::string::npos) << error.what();
   }
 }
 

@@ -11,6 +11,7 @@
 
 #include "base/error.hpp"
 #include "io/probe.hpp"
+#include "sim/standin_cufile.hpp"
 #include "standin_fixture.hpp"
 #include "test_files.hpp"
 
@@ -39,6 +40,7 @@ Error error_of(Call&& call) {
 class PagerTest : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
+    if (reads_direct()) tensorpager_standin_cufile()->reset();
     if (on_device()) standin_ = std::make_unique<test::StandinDevice>(StandinOptions{});
     for (const EngineCandidate& candidate : probe_engines()) {
       if (candidate.engine == GetParam() && !candidate.usable) GTEST_SKIP() << candidate.reason;
@@ -47,10 +49,12 @@ class PagerTest : public testing::TestWithParam<const char*> {
   void TearDown() override {
     if (standin_ != nullptr) EXPECT_TRUE(standin_->standin().violations().empty());
   }
-  bool on_device() const { return GetParam() == std::string("device"); }
+  bool on_device() const { return std::string(GetParam()).starts_with("device"); }
+  bool reads_direct() const { return GetParam() == std::string("device_cufile"); }
   PagerOptions options(std::size_t frames) const {
     if (on_device()) {
-      PagerOptions device = test::device_options(frames, frames + 4);
+      PagerOptions device = reads_direct() ? test::device_options(frames, 4, Transport::cufile)
+                                           : test::device_options(frames, frames + 4);
       device.spill_directory = "/var/tmp";
       return device;
     }
@@ -100,7 +104,12 @@ TEST_P(PagerTest, acquired_pages_show_the_file_whatever_its_size) {
   EXPECT_EQ(counts.faults, 6u);
   EXPECT_EQ(counts.page_accesses, 6u);
   EXPECT_EQ(counts.page_accesses_resident, 0u);
-  EXPECT_EQ(pager.io_counters().bytes_read, file.size_bytes());
+  if (reads_direct()) {
+    EXPECT_EQ(counts.reads + counts.direct_reads, 6u);
+    EXPECT_GE(counts.direct_reads, 3u);
+  } else {
+    EXPECT_EQ(pager.io_counters().bytes_read, file.size_bytes());
+  }
 }
 
 TEST_P(PagerTest, several_files_have_addresses_of_their_own) {
@@ -454,7 +463,7 @@ TEST_P(PagerTest, schedules_are_known_followed_and_forgotten_by_id) {
   EXPECT_EQ(pager.followed_schedule(), std::nullopt);
 }
 
-INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread", "device"),
+INSTANTIATE_TEST_SUITE_P(engines, PagerTest, testing::Values("uring", "pread", "device", "device_cufile"),
                          [](const auto& engine) { return std::string(engine.param); });
 
 }  // namespace

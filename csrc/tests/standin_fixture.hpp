@@ -108,14 +108,17 @@ class StandinDevice {
   std::atomic<std::uint64_t> wrong_{0};
 };
 
-inline PagerOptions device_options(std::size_t device_frames, std::size_t host_frames) {
+// transport: cufile is the stand-in's, too.
+inline PagerOptions device_options(std::size_t device_frames, std::size_t host_frames,
+                                   Transport transport = Transport::host_tier) {
   PagerOptions options;
   options.budget_bytes = device_frames * kDevicePage;
   options.page_bytes = kDevicePage;
   options.engine = "pread";
   options.spill_directory = "/dev/shm";
   options.event_capacity = 1 << 18;
-  options.device = DeviceOptions{&StandinDevice::driver(), 0, host_frames * (kDevicePage + 4 * kKiB), true};
+  options.device = DeviceOptions{&StandinDevice::driver(),  0, host_frames * (kDevicePage + 4 * kKiB), true, transport,
+                                 TENSORPAGER_STANDIN_CUFILE};
   return options;
 }
 

@@ -112,9 +112,11 @@ class Pager:
         device: typing.SupportsInt | typing.SupportsIndex = -1,
         host_budget_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
         driver_library: str = "",
+        transport: str = "auto",
+        cufile_library: str = "",
     ) -> None:
         """
-        Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
+        Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: 'auto' (cuFile where it is direct), 'host' or 'cufile'. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
         """
     def acquire(
         self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
@@ -276,6 +278,16 @@ class Pager:
     def pinnable_page_count(self) -> int:
         """
         Most pages that steps may hold at once: the frames less those kept for stray accesses.
+        """
+    @property
+    def transport(self) -> str:
+        """
+        How pages of files get to the device: 'host' or 'cufile'; empty without a device.
+        """
+    @property
+    def transport_reason(self) -> str:
+        """
+        Why that one.
         """
 
 def device_memory(device: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:

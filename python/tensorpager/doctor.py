@@ -240,11 +240,8 @@ def _transport() -> list[Finding]:
         return []
     facts = _core.probe_cufile()
     if facts.direct:
-        cufile = Finding(
-            "gpu", "cuFile", "limited", "direct, not used yet", f"{facts.reason}; paging does not use it yet"
-        )
-    else:
-        value = "works, but copies through host memory itself" if facts.usable else "not usable here"
-        cufile = Finding("gpu", "cuFile", "limited", value, facts.reason)
+        value = "drive -> device by cuFile; through registered host frames what the host tier keeps"
+        return [Finding("gpu", "transport", "ok", value, facts.reason)]
     value = "drive -> registered host frame -> device frame"
-    return [Finding("gpu", "transport", "ok", value, "works with every drive and file system"), cufile]
+    why = "cuFile works, but copies through host memory itself" if facts.usable else "cuFile is not usable here"
+    return [Finding("gpu", "transport", "ok", value, f"{why}: {facts.reason}")]
