@@ -11,7 +11,7 @@
 #include <random>
 #include <set>
 
-#include "device/mapping_cost.hpp"
+#include "device_sweep.hpp"
 #include "sim/standin_cufile.hpp"
 #include "standin_fixture.hpp"
 
@@ -22,12 +22,15 @@ using test::device_options;
 using test::device_pointer;
 using test::kDevicePage;
 using test::KernelWork;
+using test::kMemoryDirectory;
+using test::kWordsPerPage;
+using test::one_set_per_page;
 using test::pattern;
 using test::PatternFile;
+using test::slow_device;
 using test::StandinDevice;
-
-constexpr std::size_t kWordsPerPage = kDevicePage / 8;
-constexpr char kMemoryDirectory[] = "/dev/shm";
+using test::sweep;
+using test::SweepSchedule;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr int kSeeds = 10;
@@ -40,14 +43,6 @@ constexpr int kSchedulesPerSeed = 10;
 
 using Random = std::mt19937_64;
 std::size_t below(Random& random, std::size_t end) { return random() % end; }
-
-StandinOptions slow_device(std::uint64_t seed, std::size_t device_frames) {
-  StandinOptions options;
-  options.seed = seed;
-  options.delay_max = std::chrono::microseconds(30);
-  options.device_memory_bytes = device_frames * kDevicePage;  // a frame too many would be out of memory
-  return options;
-}
 
 // A file region whose first aligned byte is the ninth, a spill region, and what every word must show.
 class DeviceShadow {
@@ -199,54 +194,6 @@ TEST(DevicePager, two_thousand_random_schedules_show_kernels_the_right_bytes) {
   EXPECT_GT(copies_out, static_cast<std::uint64_t>(kSeeds) * 2);
   EXPECT_GT(writebacks, static_cast<std::uint64_t>(kSeeds) / 4);
 }
-
-// A sweep over all pages of a file, one at a time, several times.
-void sweep(StandinDevice& device, Pager& pager, const Region& region, const std::vector<SetId>& sets, int passes,
-           std::uint64_t kernel_ns = 0) {
-  for (int pass = 0; pass < passes; ++pass) {
-    pager.begin_pass();
-    for (std::size_t page = 0; page < sets.size(); ++page) {
-      pager.acquire(sets[page], {}, device.stream());
-      KernelWork& work = device.new_work();
-      const std::size_t word = page * kWordsPerPage + 5;
-      work.checks.push_back({device_pointer(region.address + 8 * word), pattern(word, 7)});
-      work.duration_ns = kernel_ns;
-      device.launch(work, device.stream());
-      pager.release(sets[page], device.stream());
-    }
-  }
-  device.synchronize(device.stream());
-  EXPECT_EQ(device.wrong(), 0u);
-}
-
-std::vector<SetId> one_set_per_page(Pager& pager, const Region& region) {
-  std::vector<SetId> sets;
-  for (std::size_t page = 0; page < region.pages.count; ++page)
-    sets.push_back(pager.add_set({{region.address + page * kDevicePage + 40, 8}}, "page " + std::to_string(page)));
-  return sets;
-}
-
-// The schedule that MIN gives for a sweep: the first pages stay, the rest pass through the last `through` frames.
-struct SweepSchedule {
-  SweepSchedule(const std::vector<SetId>& sets, std::size_t frames, std::size_t through) {
-    const auto stay = static_cast<std::int32_t>(frames - through);
-    const auto pages = static_cast<std::int32_t>(sets.size());
-    const auto window = static_cast<std::int32_t>(through);
-    for (const SetId set : sets) step_set.push_back(static_cast<std::int32_t>(set.value));
-    for (std::int32_t page = 0; page < static_cast<std::int32_t>(frames); ++page) initial.push_back(page);
-    // Page p of those that pass through takes the frame of the one `through` before it, once that was used.
-    for (std::int32_t page = stay; page < pages; ++page) {
-      const std::int32_t next = page + window < pages ? page + window : stay + (page + window - pages);
-      const bool wraps = page + window >= pages;
-      step.push_back(page + 1);
-      deadline.push_back(wraps ? pages + next : next);
-      page_in.push_back(next);
-      evict.push_back(page);
-    }
-  }
-  ScheduleArrays arrays() const { return {step_set, initial, step, deadline, page_in, evict}; }
-  std::vector<std::int32_t> step_set, initial, step, deadline, page_in, evict;
-};
 
 TEST(DevicePager, a_model_that_fits_the_host_tier_is_read_once) {
   StandinDevice device(slow_device(1, 4));
@@ -457,28 +404,6 @@ TEST(DevicePager, a_paged_pass_takes_no_longer_than_compute_or_link) {
   }
 }
 
-TEST(MappingCost, the_smallest_page_whose_mapping_is_cheap_is_chosen) {
-  const std::vector<MappingCost> costs{
-      {2 * kMiB, 20'000, 10'000}, {4 * kMiB, 20'000, 10'000}, {8 * kMiB, 20'000, 10'000}, {16 * kMiB, 21'000, 10'000}};
-  // At 50 GB/s 2 MiB take 42 us, 16 MiB 336 us; 5 % of the latter are less than the 31 us of mapping.
-  EXPECT_EQ(choose_page_bytes(costs, 50e9), 16 * kMiB);
-  EXPECT_EQ(choose_page_bytes(costs, 12e9), 8 * kMiB);
-  EXPECT_EQ(choose_page_bytes(costs, 1e9), 2 * kMiB);
-}
-
-TEST(MappingCost, is_measured_for_every_page_size_and_leaves_nothing_behind) {
-  StandinDevice device(slow_device(8, 32));
-  {
-    const CudaDevice measured(StandinDevice::driver(), 0);
-    const std::vector<MappingCost> costs = measure_mapping_cost(measured, 16 * kMiB);
-    ASSERT_EQ(costs.size(), 4u);
-    for (const MappingCost& cost : costs) EXPECT_GT(cost.map_ns, 0);
-    EXPECT_GT(measure_link_bandwidth(measured), 0);
-  }
-  device.close();
-  EXPECT_EQ(device.standin().alive().total(), 0u);
-}
-
 // ---------------------------------------------------------------- failing calls
 
 TEST(DevicePager, host_copies_can_be_read_when_the_context_is_lost) {
@@ -538,81 +463,6 @@ void expect_device_error(const std::function<void()>& call, const std::string& t
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::device);
     EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
-  }
-}
-
-TEST(DevicePager, a_read_that_cufile_fails_names_the_file_and_can_be_tried_again) {
-  tensorpager_standin_cufile()->reset();
-  StandinDevice device(slow_device(4, 4));
-  const PatternFile file(6 * kDevicePage - 8, 7, kMemoryDirectory);
-  {
-    Pager pager(device_options(4, 5, Transport::cufile));
-    EXPECT_EQ(pager.transport(), "cufile");
-    const Region region = pager.map_file(file.path(), 8);
-    const std::vector<SetId> sets = one_set_per_page(pager, region);
-    for (std::size_t page = 2; page < 6; ++page) {  // the host tier is full then, but for the frame that it keeps free
-      pager.acquire(sets[page], {}, device.stream());
-      pager.release(sets[page], device.stream());
-    }
-    for (const char* call : {"cuFileHandleRegister", "cuFileRead"}) {
-      tensorpager_standin_cufile()->arm({call, 1, cufile::kErrorInternal, cuda::kSuccess, false});
-      try {
-        pager.acquire(sets[1], {}, device.stream());
-        FAIL() << call;
-      } catch (const Error& error) {
-        EXPECT_EQ(error.kind(), ErrorKind::io) << error.what();
-      }
-      EXPECT_EQ(tensorpager_standin_cufile()->fired(), 1u);
-      EXPECT_EQ(pager.residency().pinned_pages(), 0u);
-    }
-    sweep(device, pager, region, {sets[0], sets[1], sets[2], sets[3], sets[4], sets[5]}, 2);
-    EXPECT_EQ(pager.residency().counters().failures, 2u);
-    EXPECT_GE(pager.residency().counters().direct_reads, 4u);
-  }
-  EXPECT_EQ(tensorpager_standin_cufile()->alive().total(), 0u);
-}
-
-// What the schedule will ask the host tier for is read through it, and read once.
-TEST(DevicePager, straight_reads_leave_the_host_tier_what_it_can_hold) {
-  tensorpager_standin_cufile()->reset();
-  constexpr std::size_t kPages = 20, kFrames = 6;
-  for (const std::size_t host_frames : {std::size_t{4}, kPages + 12}) {
-    StandinDevice device(slow_device(4, kFrames));
-    const PatternFile file(kPages * kDevicePage, 7, kMemoryDirectory);
-    Pager pager(device_options(kFrames, host_frames, Transport::cufile));
-    const Region region = pager.map_file(file.path());
-    const std::vector<SetId> sets = one_set_per_page(pager, region);
-    const SweepSchedule schedule(sets, kFrames, 4);
-    pager.set_schedule(schedule.arrays());
-    sweep(device, pager, region, sets, 4);
-    const Counters counts = pager.residency().counters();
-    if (host_frames > kPages) {
-      EXPECT_LE(counts.reads + counts.direct_reads, kPages);
-      EXPECT_GT(counts.host_hits, 2 * kPages);
-    } else {
-      EXPECT_GT(counts.direct_reads, 2 * kPages);
-      EXPECT_LE(counts.reads + counts.direct_reads, counts.page_ins);
-    }
-  }
-}
-
-TEST(DevicePager, cufile_is_chosen_where_it_is_direct_alone) {
-  tensorpager_standin_cufile()->reset();
-  StandinDevice device(slow_device(4, 4));
-  PagerOptions options = device_options(4, 5, Transport::automatic);
-  {
-    const Pager pager(options);  // this machine has no nvidia-fs
-    EXPECT_EQ(pager.transport(), "host");
-    EXPECT_NE(pager.transport_reason().find("not direct"), std::string::npos) << pager.transport_reason();
-  }
-  options.device->transport = Transport::cufile;
-  options.device->cufile_library = "libno-such-cufile.so";
-  try {
-    const Pager pager(options);
-    FAIL() << "there is no such library";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), ErrorKind::engine);
-    EXPECT_NE(std::string(error.what()).find("libno-such-cufile.so"), std::string::npos) << error.what();
   }
 }
 
