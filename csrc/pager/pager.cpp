@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "pager/pager.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
@@ -172,6 +174,12 @@ void Pager::choose_transport(const DeviceOptions& wanted, MoverOptions& options)
   transport_reason_ = "asked for";
   if (wanted.transport == Transport::host_tier) return;
   const std::string library_path = wanted.cufile_library.empty() ? kCufileLibrary : wanted.cufile_library;
+  if (wanted.transport == Transport::automatic && access(kNvidiaFsStatistics, F_OK) != 0) {
+    // Not even opened: that starts threads of cuFile's, and a log file in the working directory.
+    transport_reason_ = std::string("cuFile is not direct: the kernel module nvidia-fs is not loaded (there is no ") +
+                        kNvidiaFsStatistics + ")";
+    return;
+  }
   const CufileFacts facts = probe_cufile(library_path);
   if (wanted.transport == Transport::automatic && !facts.direct) {
     transport_reason_ = "cuFile is not direct: " + facts.reason;
