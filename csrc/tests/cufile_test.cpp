@@ -11,9 +11,13 @@
 #include "base/error.hpp"
 #include "sim/standin_cufile.hpp"
 #include "tests/test_files.hpp"
+#include "thrown_error.hpp"
 
 namespace tp {
 namespace {
+
+using test::error_of;
+using test::has;
 
 class CufileTest : public testing::Test {
  protected:
@@ -29,19 +33,6 @@ class CufileTest : public testing::Test {
 
   const test::PatternFile statistics_{8};
 };
-
-// The error of what `body` throws; fails the test when it throws nothing.
-Error error_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return Error(ErrorKind::invalid, "");
-}
-
-bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 TEST_F(CufileTest, ALibraryThatIsNotThereIsAnEngineErrorWithTheReason) {
   const Error error = error_of([] { Cufile::load("/no/such/libcufile.so.0"); });

@@ -12,9 +12,13 @@
 
 #include "base/error.hpp"
 #include "sim/standin_driver.hpp"
+#include "thrown_error.hpp"
 
 namespace tp {
 namespace {
+
+using test::error_of;
+using test::has;
 
 using cuda::Result;
 
@@ -25,19 +29,6 @@ class DriverTest : public testing::Test {
   static StandinDriver& standin() { return *tensorpager_standin_driver(); }
   static const CudaDriver& driver() { return CudaDriver::load(TENSORPAGER_STANDIN_DRIVER); }
 };
-
-// The error of what `body` throws; fails the test when it throws nothing.
-Error error_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return Error(ErrorKind::invalid, "");
-}
-
-bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 // Every call of the table but the two that name errors, which can't fail; with arguments that nobody looks at, since a
 // failure comes first.
