@@ -5,13 +5,15 @@
 
 Builds the extension and the C++ tests in build/gpu with the Python that runs this (its torch, pybind11, numpy, pytest),
 runs the tests marked gpu and the kernels' tests, under compute-sanitizer too where there is one, then the benchmarks,
-and writes bench/results/<date>-gpu.json. What did not run is in it with the reason. Exits non-zero when anything
-failed. --prefix: where liburing, xxHash and GoogleTest are when the system has none (a folder with include and lib).
+and writes bench/results/<date>-gpu.json with the figures and <date>-gpu-check.json with what ran, what did not, and
+why. Exits non-zero when anything failed. --prefix: where liburing, xxHash and GoogleTest are when the system has none
+(a folder with include and lib).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,12 +21,14 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
+RESULTS = ROOT / "bench" / "results"
 FILE_BYTES = 4 * 2**30
 
 
@@ -59,6 +63,17 @@ class Check:
     def skip(self, name: str, reason: str) -> None:
         print(f"=== {name}: skipped: {reason}", flush=True)
         self.results[name] = {"outcome": "skipped", "reason": reason}
+
+    def save(self) -> Path:
+        """Write results/<date>-gpu-check.json: what ran, what did not, and why."""
+        sys.path.insert(0, str(ROOT))
+        from bench.rounds import machine_facts
+
+        now = datetime.now(timezone.utc)
+        path = RESULTS / f"{now:%Y-%m-%d-%H%M}-gpu-check.json"
+        content = {"date": now.isoformat(timespec="seconds"), "machine": machine_facts(), "checks": self.results}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return path
 
     def failed(self) -> list[str]:
         return [name for name, result in self.results.items() if result["outcome"] not in ("ok", "skipped")]
@@ -150,6 +165,7 @@ def main() -> int:
     if options.skip_build or build(check, options.prefix):
         run_tests(check)
         check.run("benchmarks", [sys.executable, "bench/gpu_check.py", "--measure"], 240)
+    print(f"written to {check.save()}")
     for name, result in check.results.items():
         print(f"{result['outcome']:<12} {name} {result.get('seconds', '')} {result.get('reason', '')}")
     return 1 if check.failed() else 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_without_a_gpu_nothing_is_built(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_a_command_that_fails_or_takes_too_long_is_on_record() -> None:
+def test_a_command_that_fails_or_takes_too_long_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = gpu_check.Check(time.monotonic() + 60)
     assert check.run("right", ["true"], 10)
     assert not check.run("wrong", ["false"], 10)
@@ -37,6 +38,10 @@ def test_a_command_that_fails_or_takes_too_long_is_on_record() -> None:
     assert not check.run("endless", ["sleep", "60"], 5)
     check.skip("left out", "no reason")
     assert check.failed() == ["wrong", "no such", "endless"]
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    saved = json.loads(check.save().read_text(encoding="utf-8"))["checks"]
+    assert saved["wrong"]["outcome"] == "exit status 1"
+    assert saved["left out"]["reason"] == "no reason"
     late = gpu_check.Check(time.monotonic() + 1)
     assert not late.run("late", ["true"], 10)
     assert late.results["late"]["outcome"] == "skipped"
