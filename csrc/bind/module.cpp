@@ -413,7 +413,10 @@ void bind_ticket(py::module_& module) {
           "Wait until every page is resident. IoError, BudgetError, ClosedError, KeyboardInterrupt.")
       .def(
           "release",
-          [](BoundTicket& self, std::uintptr_t stream) { self.pager.release(*self.ticket, stream_of(stream)); },
+          [](BoundTicket& self, std::uintptr_t stream) {
+            self.pager.release(*self.ticket, stream_of(stream));
+            self.waited_on.reset();
+          },
           py::arg("stream") = 0, "Let the pages go. Idempotent.");
 }
 

@@ -31,7 +31,7 @@ TransferQueue::TransferQueue(std::unique_ptr<IoQueue> queue, FramePool& pool)
   TP_CHECK(queue_ != nullptr && queue_->depth() >= requests_per_page_);
   queue_->register_memory(pool.memory());
   // Registered memory is reached by its physical pages; any other through the process's own mapping.
-  slot_access_ = queue_->facts().memory_registered ? SlotAccess::none : SlotAccess::read_write;
+  slot_access_ = queue_->facts().registered_pages_may_move ? SlotAccess::none : SlotAccess::read_write;
 }
 
 std::size_t TransferQueue::take_slot() {

@@ -306,8 +306,8 @@ def _refuse_backward(func: Callable[..., Any], args: Arguments, kwargs: Keywords
         return
     if _versions((*args, *kwargs.values())):
         msg = (
-            f"{func.__name__} of a tensor paged on a device was asked for its gradient; such a tensor so far "
-            "works for inference so far: use torch.no_grad(), or detach() the tensor, or call requires_grad_(False)"
+            f"{getattr(func, '__name__', func)} of a tensor paged on a device was asked for its gradient; on a device "
+            "only inference works so far: use torch.no_grad(), or detach() the tensor, or call requires_grad_(False)"
         )
         raise PagedTensorError(msg)
 
@@ -585,13 +585,16 @@ def _format(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
 
 
 def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
-    """As for an ordinary tensor. Only the elements that are printed are touched, so a large tensor is not paged in."""
+    """As for an ordinary tensor. On the host only the elements that are printed are touched and paged in.
+
+    On a device, where a kernel that touches what is absent ends the context, all of it is held.
+    """
     tensor = args[0]
     prefix = "Parameter containing:\n" if getattr(tensor, "_is_param", False) else ""
-    closed = tensor._tp_backing is not None and tensor._tp_backing.core.closed
+    backing = tensor._tp_backing
+    closed = backing is not None and backing.core.closed
     try:
-        # On a device a kernel that touches what is absent ends the context.
-        held = hold_arguments((tensor,), None) if _writes_watched and not closed else None
+        held = hold_arguments((tensor,), None) if backing is not None and backing.on_device and not closed else None
     except BudgetError:
         return f"{prefix}PagedTensor(larger than its budget, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
     try:
