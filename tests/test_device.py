@@ -220,3 +220,30 @@ def test_what_is_used_outside_of_modules_is_held_or_refused() -> None:
         with torch.no_grad():
             assert torch.equal(weight * 2, plain * 2)
         assert torch.equal(weight.detach() * 2, plain.detach() * 2)
+
+
+@pytest.mark.usefixtures("standin")
+def test_a_fused_module_that_does_not_fit_at_once_is_refused() -> None:
+    """Its kernel takes all parameters without calling a child, so windows of the children's would not be enough."""
+    layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True).eval()
+    with pytest.raises(tp.BudgetError, match="at once"):
+        tp.page(layer, "8MiB", device="cuda", host_budget="16MiB", page_bytes=2 * MIB)
+    fits = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True).eval()
+    inputs = torch.randn(2, 4, 512)
+    with torch.no_grad():
+        expected = fits(inputs)
+        with tp.page(fits, "32MiB", device="cuda", host_budget="16MiB", page_bytes=2 * MIB):
+            assert torch.equal(fits(inputs), expected)
+
+
+@pytest.mark.usefixtures("standin")
+def test_a_device_elsewhere_does_not_page_in_what_is_printed_on_the_host() -> None:
+    on_device, _ = make_net()
+    on_host, _ = make_net()
+    with (
+        tp.page(on_device, "16MiB", device="cuda", host_budget="12MiB", page_bytes=2 * MIB),
+        tp.page(on_host, "32MiB") as pager,
+    ):
+        before = core_of(pager).stats()["acquires"]
+        repr(on_host.blocks[0].up.weight)
+        assert core_of(pager).stats()["acquires"] == before

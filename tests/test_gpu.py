@@ -104,3 +104,31 @@ def test_ten_thousand_page_cycles_under_compute() -> None:
         core.release(sets[page], stream)
     assert int(wrong) == 0
     core.close()
+
+
+def test_what_leaves_the_device_is_a_copy_on_the_host() -> None:
+    net, twin = make_device_net()
+    with tp.page(net, "16MiB", device="cuda", host_budget="12MiB", page_bytes=PAGE_BYTES), torch.no_grad():
+        for copied in (net.blocks[0].up.weight.cpu(), net.blocks[0].up.weight.to("cpu")):
+            assert copied.device.type == "cpu"
+            assert torch.equal(copied, twin.blocks[0].up.weight.cpu())
+
+
+def test_parameters_that_share_memory_move_together() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = torch.nn.Parameter(torch.randn(1024, 1024))
+            self.part = torch.nn.Parameter(self.whole.data[:512])
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs @ self.whole.t() @ self.whole[:, :512] @ self.part
+
+    model = Tied().requires_grad_(False)
+    twin = copy.deepcopy(model).to("cuda")
+    inputs = torch.randn(4, 1024, device="cuda")
+    with tp.page(model, "32MiB", device="cuda", host_budget="16MiB", page_bytes=PAGE_BYTES):
+        assert torch.equal(model(inputs), twin(inputs))
+        with torch.no_grad():
+            model.whole[0].mul_(0)
+            assert not model.part[0].any()
