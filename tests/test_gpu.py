@@ -45,6 +45,25 @@ def test_the_same_bits_as_the_model_on_the_device(host_budget: str) -> None:
     assert stats["page_ins"] > 0
 
 
+@pytest.mark.parametrize("stored_as", ["int8", "float8_e4m3fn"])
+def test_weights_stored_as_codes_are_the_same_numbers(stored_as: str) -> None:
+    torch.manual_seed(1)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(1536, 1536) for _ in range(8))).bfloat16()
+    on_host = copy.deepcopy(layers)
+    x = torch.randn(4, 1536).bfloat16()
+    with tp.page(on_host, "20MiB", stored_as=stored_as), torch.no_grad():
+        expected = copy.deepcopy(on_host).to("cuda")  # the host's numbers, which test_quantised.py holds to torch's
+    with (
+        tp.page(layers, "16MiB", device="cuda", page_bytes=PAGE_BYTES, stored_as=stored_as) as pager,
+        torch.no_grad(),
+    ):
+        for _ in range(20):
+            assert torch.equal(layers(x.to("cuda")), expected(x.to("cuda")))
+        stats = pager.stats()
+    assert stats["dequantised_on_device"] == stats["dequantised"] > 0
+    assert stats["bytes_to_device"] < 0.55 * stats["page_ins"] * PAGE_BYTES
+
+
 def test_on_a_stream_of_its_own_too() -> None:
     net, twin = make_device_net()
     ids = some_ids().to("cuda")

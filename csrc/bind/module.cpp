@@ -199,6 +199,8 @@ void add_counters(py::dict& result, const Pager& pager) {
   result["faults"] = counts.faults;
   result["zero_fills"] = counts.zero_fills;
   result["host_hits"] = counts.host_hits;
+  result["dequantised"] = counts.dequantised;
+  result["dequantised_on_device"] = counts.dequantised_on_device;
   result["reads"] = counts.reads;
   result["direct_reads"] = counts.direct_reads;
   result["copies_out"] = counts.copies_out;
@@ -437,12 +439,54 @@ void bind_pager_facts(py::class_<Pager>& pager) {
       .def_property_readonly("device_memory_is_host_memory", &Pager::device_memory_is_host_memory,
                              "With a stand-in for the driver: tensors are the CPU's.")
       .def_property_readonly("closed", &Pager::closed)
+      .def_property_readonly("quantised_reason", &Pager::quantised_reason,
+                             "Why a device's quantised pages are made on the host; empty when they are not.")
       .def("page_states", &page_states, "State of every page, uint8: an index into PAGE_STATES.")
       .def("stats", &stats, "Counters since the start or reset_stats().")
       .def("reset_stats", &Pager::reset_statistics)
       .def("events", &events, "The last events, oldest first; see EVENT_KINDS.")
       .def("close", &Pager::close, py::call_guard<py::gil_scoped_release>(),
            "Drain transfers, fail those who wait, free the memory. Idempotent.");
+}
+
+tp::kernel::QuantisedFormat code_format(const std::string& name) {
+  if (name == "int8") return tp::kernel::QuantisedFormat::int8;
+  if (name == "float8_e4m3fn") return tp::kernel::QuantisedFormat::fp8_e4m3;
+  if (name == "float8_e5m2") return tp::kernel::QuantisedFormat::fp8_e5m2;
+  throw tp::Error(tp::ErrorKind::invalid,
+                  "weights can't be stored as '" + name + "': choose 'int8', 'float8_e4m3fn' or 'float8_e5m2'");
+}
+
+tp::kernel::FloatFormat number_format(const std::string& name) {
+  if (name == "bfloat16") return tp::kernel::FloatFormat::bfloat16;
+  if (name == "float16") return tp::kernel::FloatFormat::float16;
+  throw tp::Error(tp::ErrorKind::invalid, "numbers are 'bfloat16' or 'float16', not '" + name + "'");
+}
+
+std::uint64_t append_numbers(tp::QuantisedFile& self, const py::array_t<std::uint16_t, py::array::c_style>& numbers) {
+  const std::span<const std::uint16_t> all(numbers.data(), static_cast<std::size_t>(numbers.size()));
+  const py::gil_scoped_release released;
+  return self.append(all);
+}
+
+void bind_quantised_file(py::module_& module) {
+  py::class_<tp::QuantisedFile>(module, "QuantisedFile",
+                                "Pages of 16-bit numbers as 8-bit codes with a float32 scale for each block, in a file "
+                                "without a name; for Pager.map_quantised. One thread.")
+      .def(py::init([](const std::string& directory, std::size_t page_bytes, const std::string& codes,
+                       const std::string& numbers, std::uint32_t block_elements) {
+             const tp::QuantisedLayout layout{code_format(codes), number_format(numbers), block_elements};
+             return tp::QuantisedFile(directory, layout, page_bytes);
+           }),
+           py::kw_only(), py::arg("directory"), py::arg("page_bytes"), py::arg("codes"), py::arg("numbers"),
+           py::arg("block_elements") = tp::QuantisedLayout{}.block_elements,
+           "codes: 'int8', 'float8_e4m3fn' or 'float8_e5m2'. numbers: 'bfloat16' or 'float16'. block_elements: a power "
+           "of two from 8 to 65536. IoError, ValueError.")
+      .def("append", &append_numbers, py::arg("numbers"),
+           "Quantise and write the numbers (uint16: their bits), from a new page on. Returns that page's place. "
+           "IoError; ValueError for infinities and NaN.")
+      .def_property_readonly("record_count", &tp::QuantisedFile::record_count)
+      .def_property_readonly("size_bytes", &tp::QuantisedFile::size_bytes);
 }
 
 }  // namespace
@@ -474,6 +518,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       .def_property_readonly("page_count", [](const tp::Region& self) { return self.pages.count; });
 
   bind_ticket(module);
+  bind_quantised_file(module);
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager
@@ -494,6 +539,12 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
            "aligned_offset_bytes lies at a multiple of 256. IoError.")
       .def("map_spill", &Pager::map_spill, py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for new bytes, zero until written.")
+      .def(
+          "map_quantised", [](Pager& self, tp::QuantisedFile& file) { return self.map_quantised(std::move(file)); },
+          py::arg("file"), py::call_guard<py::gil_scoped_release>(),
+          "Reserve addresses for the pages of a file, record i at Region.address + i * page_bytes. Takes the file "
+          "over. "
+          "ValueError.")
       .def("tensor", &tensor, py::arg("address"), py::arg("size_bytes"),
            "DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses "
            "reserved.")

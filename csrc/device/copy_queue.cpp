@@ -35,6 +35,17 @@ void CopyQueue::zero(std::byte* device_address, std::size_t size_bytes) {
                                     to_device_);
 }
 
+void CopyQueue::dequantise(const Kernels& kernels, std::byte* device_address, const std::byte* record,
+                           const QuantisedLayout& layout, std::size_t page_bytes) {
+  cuda::DevicePtr codes = 0;
+  device_->driver().cuMemHostGetDevicePointer(&codes, const_cast<std::byte*>(record), 0u);
+  const kernel::DequantiseJob job{reinterpret_cast<kernel::Address>(device_address), codes,
+                                  codes + scales_offset_bytes(page_bytes), numbers_in_page(page_bytes)};
+  kernels.dequantise({&job, 1}, layout.block_elements, layout.codes, layout.numbers, to_device_);
+  const std::size_t read_bytes = job.count + job.count / layout.block_elements * sizeof(float);
+  bytes_to_device_.fetch_add(read_bytes, std::memory_order_relaxed);
+}
+
 void CopyQueue::to_host(std::byte* host, const std::byte* device_address, std::size_t size_bytes) {
   device_->driver().cuMemcpyDtoHAsync(static_cast<void*>(host), device_pointer(device_address), size_bytes, to_host_);
   bytes_to_host_.fetch_add(size_bytes, std::memory_order_relaxed);

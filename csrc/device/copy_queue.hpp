@@ -16,6 +16,8 @@
 
 #include "device/cuda_device.hpp"
 #include "device/event_timeline.hpp"
+#include "device/kernels.hpp"
+#include "device/quantised_page.hpp"
 
 namespace tp {
 
@@ -28,6 +30,9 @@ class CopyQueue {
 
   void to_device(std::byte* device_address, const std::byte* host, std::size_t size_bytes);
   void zero(std::byte* device_address, std::size_t size_bytes);
+  // The numbers of a page, out of its record in registered host memory (device/quantised_page.hpp).
+  void dequantise(const Kernels& kernels, std::byte* device_address, const std::byte* record,
+                  const QuantisedLayout& layout, std::size_t page_bytes);
   std::uint64_t end_to_device() { return arrivals_.record(to_device_); }
   void to_host(std::byte* host, const std::byte* device_address, std::size_t size_bytes);
   std::uint64_t end_to_host() { return departures_.record(to_host_); }

@@ -81,6 +81,31 @@ TP_HOST_DEVICE inline std::uint16_t float16_of_float(float value) {
   return static_cast<std::uint16_t>(sign | (rebiased + 0xFFFu + (rebiased >> 13 & 1u)) >> 13);
 }
 
+TP_HOST_DEVICE inline float float_of_number(std::uint16_t number, FloatFormat format) {
+  if (format == FloatFormat::bfloat16) return float_of_bits(static_cast<std::uint32_t>(number) << 16);
+  const std::uint32_t sign = (number & 0x8000u) << 16, exponent = number >> 10 & 0x1Fu, fraction = number & 0x3FFu;
+  if (exponent == 0x1F) return float_of_bits(sign | 0x7F800000u | fraction << 13);
+  if (exponent != 0) return float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+  const float magnitude = static_cast<float>(fraction) * float_of_bits((127 - 24) << 23);
+  return float_of_bits(bits_of_float(magnitude) | sign);
+}
+
+// To an 8-bit number; what is beyond the largest (by its code) becomes that. Not for NaN.
+TP_HOST_DEVICE inline std::uint8_t fp8_code_of_float(float value, unsigned exponent_bits, unsigned exponent_bias,
+                                                     std::uint32_t largest_code) {
+  const unsigned fraction_bits = 7 - exponent_bits, dropped_bits = 23 - fraction_bits;
+  const std::uint32_t sign = bits_of_float(value) >> 24 & 0x80u, magnitude = bits_of_float(value) & 0x7FFFFFFFu;
+  std::uint32_t code = 0;
+  if (magnitude >> 23 >= 127 + 1 - exponent_bias) {
+    const std::uint32_t rounded = magnitude + (1u << (dropped_bits - 1)) - 1 + (magnitude >> dropped_bits & 1u);
+    code = (rounded >> dropped_bits) - ((127 - exponent_bias) << fraction_bits);
+  } else {  // below the smallest normal number: a sum with a float whose last bit is worth a unit rounds to units
+    const float magic = float_of_bits((127 + 1 - exponent_bias - fraction_bits + 23) << 23);
+    code = bits_of_float(float_of_bits(magnitude) + magic) & 0x7FFFFFu;
+  }
+  return static_cast<std::uint8_t>(sign | (code < largest_code ? code : largest_code));
+}
+
 TP_HOST_DEVICE inline std::uint16_t code_of_float(float value, FloatFormat format) {
   return format == FloatFormat::bfloat16 ? bfloat16_of_float(value) : float16_of_float(value);
 }

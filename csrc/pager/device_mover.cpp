@@ -162,6 +162,7 @@ Start DeviceMover::start_read(PageId page, Purpose purpose, std::int64_t for_act
   const auto skip = static_cast<std::uint32_t>(source.offset_bytes % kDirectAlignFallbackBytes);
   source.offset_bytes -= skip;
   source.valid_bytes += skip;
+  source.dequantised_later = tier_.kernels != nullptr;
   reads_.push_back({page, *frame, source});
   return Start::under_way;
 }
@@ -172,9 +173,11 @@ Start DeviceMover::start_copy(PageId page, Purpose purpose, PageId planned_victi
   const std::optional<FrameId> frame = free_device_frame(planned_victim, used_after);
   if (!frame) return working() ? Start::under_way : Start::no_frame;
   PageEntry& entry = residency_.table.at(page);
-  CopyIn copy{page, *frame, entry.host_frame, 0, 0, 0, 0};
+  CopyIn copy{page, *frame, entry.host_frame, 0, 0, 0, nullptr, 0};
   if (entry.host_frame.valid()) {
-    const bool whole = entry.dirty || entry.backing == Backing::spill;  // otherwise what the file has
+    const bool quantised = entry.backing == Backing::quantised;
+    const bool whole = entry.dirty || entry.backing == Backing::spill || quantised;  // otherwise what the file has
+    if (quantised && !entry.dirty && tier_.kernels != nullptr) copy.quantised = source_of(entry).quantised;
     copy.lead_bytes = whole ? 0 : entry.lead_bytes;
     copy.valid_bytes = whole ? static_cast<std::uint32_t>(host_pool_.page_bytes()) : entry.valid_bytes;
     copy.skip_bytes = whole ? 0 : static_cast<std::uint32_t>(entry.offset_bytes % kDirectAlignFallbackBytes);
@@ -430,7 +433,7 @@ void DeviceMover::poll_direct_reads() {
 void DeviceMover::finish_direct_read(const DirectReader::Read& read) {
   std::byte* address = tier_.space.address(read.page);
   const std::size_t end = read.lead_bytes + read.size_bytes, page_bytes = host_pool_.page_bytes();
-  CopyIn zeros{read.page, read.frame, FrameId{}, 0, 0, 0, 0};
+  CopyIn zeros{read.page, read.frame, FrameId{}, 0, 0, 0, nullptr, 0};
   if (read.lead_bytes > 0) tier_.copies.zero(address, read.lead_bytes);
   if (end < page_bytes) tier_.copies.zero(address + end, page_bytes - end);
   if (end - read.lead_bytes < page_bytes) zeros.point = tier_.copies.end_to_device();
@@ -465,7 +468,10 @@ void DeviceMover::carry_out_copies_in() {
     const std::size_t end = copy.lead_bytes + copy.valid_bytes;
     // The frame held another page before: what the backing does not cover must not show it.
     if (copy.lead_bytes > 0) tier_.copies.zero(address, copy.lead_bytes);
-    if (copy.valid_bytes > 0) {
+    if (copy.quantised != nullptr) {
+      tier_.copies.dequantise(*tier_.kernels, address, host_pool_.slot(copy.host_frame), *copy.quantised,
+                              host_pool_.page_bytes());
+    } else if (copy.valid_bytes > 0) {
       tier_.copies.to_device(address + copy.lead_bytes, host_pool_.slot(copy.host_frame) + copy.skip_bytes,
                              copy.valid_bytes);
     }
@@ -476,6 +482,10 @@ void DeviceMover::carry_out_copies_in() {
   for (const CopyIn& copy : copies_in_) {
     PageEntry& entry = residency_.table.at(copy.page);
     entry.copy_point = copy.point;
+    if (copy.quantised != nullptr) {
+      ++residency_.counts.dequantised;
+      ++residency_.counts.dequantised_on_device;
+    }
     residency_.page_arrived(copy.page, copy.frame);
     copies_in_flight_.push_back(copy);
   }
@@ -565,6 +575,7 @@ void DeviceMover::finish_read(FinishedTransfer& transfer) {
   }
   residency_.table.set_state(transfer.page, PageState::host);
   entry.dirty = false;
+  if (entry.backing == Backing::quantised && tier_.kernels == nullptr) ++residency_.counts.dequantised;
   read_for_this_copy_[transfer.page.value] = true;
   residency_.record(EventKind::read_end, transfer.page, transfer.frame);
 }

@@ -12,6 +12,10 @@
 // so what is cached is what the device tier can't hold. With no schedule the least recently used goes. Nothing is read
 // again while it is still there.
 //
+// Quantised pages lie in their host frame as they do in the file, and become numbers on the copy stream: a kernel reads
+// codes and scales from the host frame, so only these cross the link. Without kernels the numbers are made on this
+// thread once the page is read.
+//
 // Straight in. Where cuFile is direct, pages of files go from the drive to their device frame, once the host tier is
 // full, and unless the schedule says that it will be asked for them again. Such a page has arrived when it is read.
 //
@@ -31,6 +35,7 @@
 
 #include "device/copy_queue.hpp"
 #include "device/cuda_device.hpp"
+#include "device/kernels.hpp"
 #include "mem/device_address_space.hpp"
 #include "mem/device_frame_pool.hpp"
 #include "pager/direct_reader.hpp"
@@ -45,6 +50,8 @@ struct DeviceTier {
   DeviceFramePool& pool;
   CopyQueue& copies;
   EventTimeline& releases;
+  // Null until quantised pages are mapped, and after that where there are none: then the host makes the numbers.
+  const std::unique_ptr<Kernels>& kernels;
 };
 
 class DeviceMover final : public PageMover {
@@ -77,6 +84,7 @@ class DeviceMover final : public PageMover {
     FrameId frame;
     FrameId host_frame;  // invalid: zeros
     std::uint32_t lead_bytes = 0, skip_bytes = 0, valid_bytes = 0;
+    const QuantisedLayout* quantised = nullptr;  // the host frame has a record
     std::uint64_t point = 0;
   };
   struct CopyOut {

@@ -37,7 +37,9 @@ class Executor {
   void abandon() noexcept;
 
   // Files of checkpoints; the returned index goes into PageEntry::file. Under the residency's lock.
-  std::uint16_t add_file(File file) { return mover_->add_file(std::move(file)); }
+  std::uint16_t add_file(File file, std::optional<QuantisedLayout> layout = std::nullopt) {
+    return mover_->add_file(std::move(file), layout);
+  }
   // See PageMover::read_backing. Any thread.
   void read_backing(const PageEntry& entry, PageId page, std::byte* destination) const {
     mover_->read_backing(entry, page, destination);

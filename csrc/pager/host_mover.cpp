@@ -105,7 +105,9 @@ void HostMover::finish_page_in(const FinishedTransfer& transfer) {
   }
   space_.map(host_pool_, transfer.frame, transfer.page);
   const std::lock_guard lock(residency_.mutex);
-  residency_.table.at(transfer.page).dirty = false;
+  PageEntry& entry = residency_.table.at(transfer.page);
+  entry.dirty = false;
+  if (entry.backing == Backing::quantised) ++residency_.counts.dequantised;
   residency_.record(EventKind::page_in_end, transfer.page, transfer.frame);
   residency_.page_arrived(transfer.page, transfer.frame);
 }

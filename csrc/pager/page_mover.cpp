@@ -28,15 +28,18 @@ void PageMover::open() {
   TP_CHECK(transfers_->capacity() > prefetch_transfers_max_);  // room for demand beside prefetches
 }
 
-std::uint16_t PageMover::add_file(File file) {
+std::uint16_t PageMover::add_file(File file, std::optional<QuantisedLayout> layout) {
   TP_CHECK(files_.size() < kFilesMax);
-  files_.push_back(std::move(file));
+  files_.push_back({std::move(file), layout});
   return static_cast<std::uint16_t>(files_.size() - 1);
 }
 
 PageSource PageMover::source_of(const PageEntry& entry) const {
-  PageSource source{entry.backing, nullptr, entry.offset_bytes, entry.valid_bytes, entry.generation, entry.checksum};
-  if (entry.backing == Backing::checkpoint) source.file = &files_[entry.file];
+  PageSource source{entry.backing, nullptr, entry.offset_bytes, entry.valid_bytes, entry.generation, entry.checksum,
+                    nullptr,       false};
+  if (entry.backing == Backing::checkpoint || entry.backing == Backing::quantised)
+    source.file = &files_[entry.file].file;
+  if (entry.backing == Backing::quantised) source.quantised = &*files_[entry.file].layout;
   if (entry.backing == Backing::spill) source.file = &spill_.file();
   if (entry.backing == Backing::spill) source.valid_bytes = static_cast<std::uint32_t>(host_pool_.page_bytes());
   if (entry.backing == Backing::zero) source.valid_bytes = 0;
@@ -100,6 +103,16 @@ void PageMover::read_backing(const PageEntry& entry, PageId page, std::byte* des
                   got == 0 ? EIO : errno);
     }
     done += static_cast<std::size_t>(got);
+  }
+  if (entry.backing == Backing::quantised) {
+    std::memcpy(destination, bytes, source.valid_bytes);
+    if (!record_intact(destination, *source.quantised, page_bytes, source.offset_bytes / source.valid_bytes)) {
+      throw Error(ErrorKind::io,
+                  "quantised page " + std::to_string(page.value) + " came back from " + source.file->path() +
+                      " with another checksum than it was written with",
+                  EBADMSG);
+    }
+    return dequantise_in_place(destination, *source.quantised, page_bytes);
   }
   const bool whole = entry.backing == Backing::spill;
   std::memcpy(destination + (whole ? 0 : entry.lead_bytes), bytes + skip, source.valid_bytes);

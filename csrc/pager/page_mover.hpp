@@ -90,7 +90,8 @@ class PageMover {
   // In a child of fork(): forget what belongs to the parent.
   void abandon() noexcept { static_cast<void>(transfers_.release()); }
 
-  std::uint16_t add_file(File file);  // under the residency's lock
+  // Under the residency's lock. layout: of a file of quantised pages.
+  std::uint16_t add_file(File file, std::optional<QuantisedLayout> layout = std::nullopt);
   // The page's bytes as its backing has them, page_bytes of them. Any thread; blocks on the drive. Error(io).
   void read_backing(const PageEntry& entry, PageId page, std::byte* destination) const;
   IoQueue& io() noexcept { return transfers_->io(); }
@@ -109,7 +110,11 @@ class PageMover {
   Residency& residency_;
   FramePool& host_pool_;
   MoverOptions options_;
-  std::deque<File> files_;  // stable addresses
+  struct BackingFile {
+    File file;
+    std::optional<QuantisedLayout> layout;
+  };
+  std::deque<BackingFile> files_;  // stable addresses
   Spill spill_;
   std::optional<Error> spill_error_;
   std::unique_ptr<TransferQueue> transfers_;

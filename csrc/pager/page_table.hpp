@@ -38,13 +38,14 @@ enum class Backing : std::uint8_t {
   zero,        // never written: reads as zeros, no I/O
   checkpoint,  // the user's file, read-only
   spill,       // our own file; checksum and generation below
+  quantised,   // our own file, in the form of quantised_page.hpp
 };
 
 struct PageEntry {
   PageState state = PageState::absent;
   Backing backing = Backing::zero;
   bool dirty = false;
-  std::uint16_t file = 0;          // index into the transfer's files, for Backing::checkpoint
+  std::uint16_t file = 0;          // index into the transfer's files, for Backing::checkpoint and Backing::quantised
   std::uint32_t pins = 0;          // acquires not yet released
   std::uint32_t waiters = 0;       // threads that wait for this page
   FrameId frame;                   // one tier: valid from reading to writing; two: from copying_in to copying_out

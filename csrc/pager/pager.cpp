@@ -146,6 +146,7 @@ void Pager::make_device_tiers(const PagerOptions& options) {
   const CudaDriver& driver = wanted.driver != nullptr ? *wanted.driver : CudaDriver::system();
   device_ = std::make_shared<CudaDevice>(driver, wanted.ordinal);
   device_memory_is_host_memory_ = wanted.memory_is_host_memory;
+  kernel_image_ = wanted.kernels;
   page_bytes_ = device_page_bytes(options, *device_);
   const std::uint64_t host_bytes = host_budget_of(wanted);
   pool_ = std::make_unique<FramePool>(host_bytes, page_bytes_, kHostSlackBytes, device_->facts().host_numa_node);
@@ -164,9 +165,10 @@ void Pager::make_device_tiers(const PagerOptions& options) {
   const std::size_t staging = for_mover.inflight_bytes / page_bytes_ + kDeviceInflightPages;
   host_cache_frames_ = pool_->frame_count() - std::min(staging, pool_->frame_count() / 2);
   executor_ = std::make_unique<Executor>(
-      *residency_, std::make_unique<DeviceMover>(
-                       *residency_, *pool_, DeviceTier{*device_, *device_space_, *device_pool_, *copies_, *releases_},
-                       std::move(for_mover)));
+      *residency_,
+      std::make_unique<DeviceMover>(*residency_, *pool_,
+                                    DeviceTier{*device_, *device_space_, *device_pool_, *copies_, *releases_, kernels_},
+                                    std::move(for_mover)));
 }
 
 void Pager::choose_transport(const DeviceOptions& wanted, MoverOptions& options) {
@@ -204,6 +206,7 @@ Pager::~Pager() {
 void Pager::abandon_device() noexcept {
   if (device_ == nullptr) return;
   static_cast<void>(executor_.release());  // its mover would unregister host memory
+  static_cast<void>(kernels_.release());
   static_cast<void>(releases_.release());
   static_cast<void>(copies_.release());
   static_cast<void>(device_pool_.release());
@@ -251,6 +254,55 @@ Region Pager::map_spill(std::uint64_t size_bytes) {
   const PageRange pages = space_->reserve((size_bytes + page_bytes_ - 1) / page_bytes_);
   append_region_pages(pages, size_bytes, 0, Backing::zero, 0);
   return {space_->address(PageId{pages.first}), size_bytes, pages};
+}
+
+Region Pager::map_quantised(QuantisedFile file) {
+  throw_if_unusable();
+  if (file.given_away()) throw Error(ErrorKind::invalid, "the quantised file was given to a pager already");
+  if (file.record_count() == 0) throw Error(ErrorKind::invalid, "map_quantised: the file has no pages");
+  if (file.page_bytes() != page_bytes_) {
+    throw Error(ErrorKind::invalid, "map_quantised: the file is for pages of " + std::to_string(file.page_bytes()) +
+                                        " bytes; this pager's have " + std::to_string(page_bytes_));
+  }
+  const std::uint64_t count = file.record_count();
+  const auto stride_bytes = static_cast<std::uint32_t>(record_bytes(file.layout(), page_bytes_));
+  const std::lock_guard lock(sets_mutex_);
+  load_kernels();
+  const PageRange pages = space_->reserve(count);
+  std::vector<PageEntry> entries(count);
+  {
+    const std::lock_guard residency_lock(residency_->mutex);
+    const QuantisedLayout layout = file.layout();
+    const std::uint16_t index = executor_->add_file(std::move(file.file()), layout);
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      entries[i].backing = Backing::quantised;
+      entries[i].file = index;
+      entries[i].offset_bytes = i * stride_bytes;
+      entries[i].valid_bytes = stride_bytes;
+    }
+  }
+  residency_->append_pages(entries);
+  return {space_->address(PageId{pages.first}), count * page_bytes_, pages};
+}
+
+void Pager::load_kernels() {
+  if (device_ == nullptr || kernels_ != nullptr || !quantised_reason_.empty()) return;
+  std::unique_ptr<Kernels> loaded;
+  std::string reason;
+  try {
+    loaded = std::make_unique<Kernels>(device_, kernel_image_);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::engine) throw;
+    reason = error.what();
+  }
+  const std::lock_guard lock(residency_->mutex);
+  kernels_ = std::move(loaded);
+  quantised_reason_ = reason;
+}
+
+std::string Pager::quantised_reason() const {
+  const std::lock_guard lock(residency_->mutex);
+  return quantised_reason_;
 }
 
 void Pager::append_region_pages(PageRange pages, std::uint64_t size_bytes, std::uint32_t lead_bytes, Backing backing,
@@ -434,8 +486,9 @@ void Pager::read_without_device(AddressRange range, std::byte* destination) cons
   for (const PageId page : pages_of({range})) {
     std::unique_lock lock(residency_->mutex);
     const PageEntry entry = residency_->table.at(page);
+    const bool record_only = entry.backing == Backing::quantised && !entry.dirty;
     const bool host_has_it = entry.host_frame.valid() && !entry.host_stale && entry.state != PageState::reading &&
-                             entry.state != PageState::copying_out;
+                             entry.state != PageState::copying_out && !record_only;
     if (host_has_it) {
       const bool whole = entry.dirty || entry.backing == Backing::spill;
       const std::byte* slot = pool_->slot(entry.host_frame);

@@ -29,6 +29,7 @@
 #include "mem/frame_pool.hpp"
 #include "mem/host_address_space.hpp"
 #include "pager/executor.hpp"
+#include "pager/quantised_file.hpp"
 #include "pager/recorder.hpp"
 #include "pager/residency.hpp"
 #include "pager/ticket.hpp"
@@ -49,6 +50,7 @@ struct DeviceOptions {
   bool memory_is_host_memory = false;   // of a stand-in for the driver
   Transport transport = Transport::automatic;
   std::string cufile_library;  // tests: instead of the system's
+  std::span<const std::byte> kernels = kernel_image();
 };
 
 struct PagerOptions {
@@ -85,6 +87,12 @@ class Pager {
   // kTensorAlignBytes. Region::address is where the file's first byte is. Error(io).
   Region map_file(const std::string& path, std::uint64_t aligned_offset_bytes = 0);
   Region map_spill(std::uint64_t size_bytes);  // Error(memory), Error(invalid)
+  // Pages of 16-bit numbers, one for each record; what is written to them goes to the spill. On a device they are made
+  // by its kernels, or on the host where it takes none (quantised_reason()). Error(invalid) when the file is for pages
+  // of another size, or empty.
+  Region map_quantised(QuantisedFile file);
+  // Why quantised pages of a device are made on the host; empty when they are not.
+  std::string quantised_reason() const;
   const std::shared_ptr<AddressSpace>& space() const noexcept { return space_; }
   // "host" or "cufile", and why; empty without a device.
   const std::string& transport() const noexcept { return transport_; }
@@ -142,6 +150,7 @@ class Pager {
 
  private:
   void make_host_tier(const PagerOptions& options);
+  void load_kernels();
   void make_device_tiers(const PagerOptions& options);
   void make_stream_wait(cuda::Stream stream, std::uint64_t copy_point);
   std::uint64_t release_point(cuda::Stream stream);
@@ -171,6 +180,9 @@ class Pager {
   std::unique_ptr<DeviceFramePool> device_pool_;
   std::unique_ptr<CopyQueue> copies_;
   std::unique_ptr<EventTimeline> releases_;
+  std::span<const std::byte> kernel_image_;
+  std::unique_ptr<Kernels> kernels_;  // changes once, under the residency's lock, with the first quantised pages
+  std::string quantised_reason_;      // likewise
   std::unique_ptr<Residency> residency_;
   std::unique_ptr<Executor> executor_;
   IoQueueFacts io_facts_;

@@ -55,6 +55,8 @@ struct Counters {
   std::uint64_t reads = 0;                   // pages read into the host tier of a device
   std::uint64_t direct_reads = 0;            // pages read straight into a device
   std::uint64_t copies_out = 0;              // pages copied from a device to its host tier
+  std::uint64_t dequantised = 0;             // pages made of their codes
+  std::uint64_t dequantised_on_device = 0;   // of these, on their way into a device
   std::uint64_t evictions = 0;
   std::uint64_t writebacks = 0;
   std::uint64_t stalls = 0;  // acquires and touches that had to wait

@@ -152,11 +152,30 @@ std::optional<Error> TransferQueue::finish_page_in(Slot& slot) {
                        " with another checksum than it left with: the drive or its driver returned wrong bytes",
                    EBADMSG);
     }
+  } else if (source.backing == Backing::quantised) {
+    return finish_quantised(slot);
   } else if (source.valid_bytes < pool_.page_bytes()) {
     // The frame held another page before: what the backing does not cover must not show it.
     pool_.set_access(slot.frame, SlotAccess::read_write);
     std::memset(bytes + source.valid_bytes, 0, pool_.page_bytes() - source.valid_bytes);
   }
+  return std::nullopt;
+}
+
+std::optional<Error> TransferQueue::finish_quantised(const Slot& slot) {
+  std::byte* bytes = pool_.slot(slot.frame);
+  const PageSource& source = slot.source;
+  if (pool_.access(slot.frame) == SlotAccess::none) pool_.set_access(slot.frame, SlotAccess::read);
+  if (!record_intact(bytes, *source.quantised, pool_.page_bytes(), source.offset_bytes / source.valid_bytes)) {
+    return Error(ErrorKind::io,
+                 "quantised page " + std::to_string(slot.page.value) + " came back from " + source.file->path() +
+                     " at offset " + std::to_string(source.offset_bytes) +
+                     " with another checksum than it was written with: the drive or its driver returned wrong bytes",
+                 EBADMSG);
+  }
+  if (source.dequantised_later) return std::nullopt;
+  pool_.set_access(slot.frame, SlotAccess::read_write);
+  dequantise_in_place(bytes, *source.quantised, pool_.page_bytes());
   return std::nullopt;
 }
 

@@ -21,6 +21,7 @@
 
 #include "base/error.hpp"
 #include "base/ids.hpp"
+#include "device/quantised_page.hpp"
 #include "io/file.hpp"
 #include "io/io_queue.hpp"
 #include "mem/frame_pool.hpp"
@@ -44,6 +45,8 @@ struct PageSource {
   std::uint32_t valid_bytes = 0;  // bytes the backing has; the rest of the frame is zeroed
   std::uint32_t generation = 0;   // for spill, with the checksum
   std::uint64_t checksum = 0;
+  const QuantisedLayout* quantised = nullptr;  // for quantised: valid_bytes are the record's
+  bool dequantised_later = false;              // the frame gets the record as it is
 };
 
 // What went wrong with a page's bytes, and where.
@@ -82,6 +85,7 @@ class TransferQueue {
                        std::uint32_t size_bytes);
   void complete_request(const IoCompletion& completion, std::vector<FinishedTransfer>& finished);
   std::optional<Error> finish_page_in(Slot& slot);
+  std::optional<Error> finish_quantised(const Slot& slot);
   Error describe(const Slot& slot) const;
 
   std::unique_ptr<IoQueue> queue_;

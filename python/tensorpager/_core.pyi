@@ -18,6 +18,7 @@ __all__: list[str] = [
     "EngineCandidate",
     "PAGE_STATES",
     "Pager",
+    "QuantisedFile",
     "Region",
     "Ticket",
     "device_memory",
@@ -94,6 +95,31 @@ class Ticket:
         """
         Whether wait() would return, or raise, at once.
         """
+
+class QuantisedFile:
+    """
+    Pages of 16-bit numbers as 8-bit codes with a float32 scale for each block, in a file without a name; for Pager.map_quantised. One thread.
+    """
+    def __init__(
+        self,
+        *,
+        directory: str,
+        page_bytes: typing.SupportsInt | typing.SupportsIndex,
+        codes: str,
+        numbers: str,
+        block_elements: typing.SupportsInt | typing.SupportsIndex = 128,
+    ) -> None:
+        """
+        codes: 'int8', 'float8_e4m3fn' or 'float8_e5m2'. numbers: 'bfloat16' or 'float16'. block_elements: a power of two from 8 to 65536. IoError, ValueError.
+        """
+    def append(self, numbers: typing.Annotated[numpy.typing.ArrayLike, numpy.uint16]) -> int:
+        """
+        Quantise and write the numbers (uint16: their bits), from a new page on. Returns that page's place. IoError; ValueError for infinities and NaN.
+        """
+    @property
+    def record_count(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
 
 class Pager:
     """
@@ -185,6 +211,10 @@ class Pager:
     def map_file(self, path: str, aligned_offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> Region:
         """
         Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at aligned_offset_bytes lies at a multiple of 256. IoError.
+        """
+    def map_quantised(self, file: QuantisedFile) -> Region:
+        """
+        Reserve addresses for the pages of a file, record i at Region.address + i * page_bytes. Takes the file over. ValueError.
         """
     def map_spill(self, size_bytes: typing.SupportsInt | typing.SupportsIndex) -> Region:
         """
@@ -278,6 +308,11 @@ class Pager:
     def pinnable_page_count(self) -> int:
         """
         Most pages that steps may hold at once: the frames less those kept for stray accesses.
+        """
+    @property
+    def quantised_reason(self) -> str:
+        """
+        Why a device's quantised pages are made on the host; empty when they are not.
         """
     @property
     def transport(self) -> str:

@@ -38,7 +38,8 @@ class Group:
 
     slots: list[Slot]
     size_bytes: int = 0
-    address: int = 0
+    address: int | None = None
+    written: bool = False  # its values are at the address already
 
 
 def collect(model: torch.nn.Module) -> list[Group]:
@@ -115,12 +116,14 @@ def move_group(core: Core, group: Group) -> int:
 
     The originals are freed with the group.
     """
+    assert group.address is not None
     if len(group.slots) == 1:
         slot = group.slots[0]
         source = slot.parameter.detach()
         shape, strides = tuple(source.shape), dense_strides(source)
         plain = tensor_at(core, group.address, shape, strides, source.dtype)
-        copy_into(core, plain, source)
+        if not group.written:
+            copy_into(core, plain, source)
         _swap(core, slot, plain)
         return 1
     first = group.slots[0].parameter.detach()

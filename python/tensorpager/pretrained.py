@@ -30,7 +30,8 @@ from tensorpager.device import HOST, Device
 from tensorpager.errors import CheckpointError, PagedTensorError
 from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy, span_of
 from tensorpager.pager import install, make_core
-from tensorpager.spill import SpillArena, tensor_at
+from tensorpager.quantised import QuantisedWeights
+from tensorpager.spill import SpillArena, dense_strides, tensor_at
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -66,11 +67,13 @@ def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
     model_class: type[Any] | None = None,
     device: Device = None,
     host_budget: int | str | None = None,
+    stored_as: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """A transformers model in eval mode, with at most `budget` bytes of its weights in RAM; `model.pager` is its Pager.
 
-    With device= the budget is of that device's memory and the model is on it; device and host_budget as for `page()`.
+    With device= the budget is of that device's memory and the model is on it; device, host_budget and stored_as as for
+    `page()`. With stored_as= the large weights are written anew, as codes, in the store: about half the files' size.
 
     directory: a local checkpoint with config.json and safetensors files (single or sharded). They are opened read-only
     and must not change while the model lives. The model is built on the meta device and never materialised. budget,
@@ -96,14 +99,17 @@ def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
     model_class = _model_class(config) if model_class is None else model_class
     core = make_core(budget, store, engine, page_bytes, device, host_budget)
     try:
-        if core.device == HOST:
+        quantised_bytes = 0
+        if core.device == HOST and stored_as is None:
             model, spilled_bytes = _load(core, checkpoint, config, model_class, dtype, kwargs)[:2]
         else:
             with closing(make_core(_LOADING_BUDGET_BYTES, store, engine)) as loading_core:
                 model, _, regions = _load(loading_core, checkpoint, config, model_class, dtype, kwargs)
-                spilled_bytes = _move_to_device(model, regions, core)
+                weights = None if stored_as is None else QuantisedWeights(core, store, stored_as)
+                spilled_bytes = _move_to(model, regions, core, weights)
+                quantised_bytes = 0 if weights is None else weights.size_bytes
         _finish(model, directory)
-        model.pager = install(model, core, spilled_bytes)
+        model.pager = install(model, core, spilled_bytes, quantised_bytes)
     except BaseException:
         core.close()
         raise
@@ -129,14 +135,19 @@ def _load(
     return model, arena.size_bytes, regions
 
 
-def _move_to_device(model: Any, regions: list[tuple[CheckpointFile, Region]], core: Core) -> int:
-    """Exchange parameters paged on the host for such at the same places of the files, paged by `core`.
+def _move_to(
+    model: Any, regions: list[tuple[CheckpointFile, Region]], core: Core, weights: QuantisedWeights | None
+) -> int:
+    """Exchange parameters paged by the core that loaded them for such at the same places of the files, paged by `core`.
 
     transformers loads on the host, whose address space takes no memory; so nothing is read for a parameter that lies in
-    a file. The others (converted, misaligned, made anew) are copied into the core's spill; returns their bytes.
+    a file, unless it is to be stored as codes: such are written first, one at a time. The others (converted,
+    misaligned, made anew) are copied into the core's spill; returns their bytes.
     """
+    if weights is not None:
+        _write_quantised(model, weights)
     arena = SpillArena(core)
-    on_device = [(old, core.map_file(str(file.path), file.data_start)) for file, old in regions]
+    new_regions = [(old, core.map_file(str(file.path), file.data_start)) for file, old in regions]
     moved: dict[int, PagedTensor] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -144,19 +155,40 @@ def _move_to_device(model: Any, regions: list[tuple[CheckpointFile, Region]], co
                 continue
             new = moved.get(id(parameter))
             if new is None:
-                new = moved[id(parameter)] = _on_device(parameter, on_device, core, arena)
+                new = moved[id(parameter)] = _moved(parameter, new_regions, core, arena, weights)
             setattr(module, name, new)
     return arena.size_bytes
 
 
-def _on_device(
-    parameter: PagedTensor, on_device: list[tuple[Region, Region]], core: Core, arena: SpillArena
+def _write_quantised(model: Any, weights: QuantisedWeights) -> None:
+    owners: dict[int, tuple[PagedTensor, list[torch.nn.Module]]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if isinstance(parameter, PagedTensor):
+                owners.setdefault(id(parameter), (parameter, []))[1].append(module)
+    for parameter, modules in owners.values():
+        if weights.takes(parameter, modules):
+            assert parameter._tp_backing is not None
+            weights.write(id(parameter), parameter._tp_backing.name, ordinary_copy(parameter))
+    weights.map()
+
+
+def _moved(
+    parameter: PagedTensor,
+    new_regions: list[tuple[Region, Region]],
+    core: Core,
+    arena: SpillArena,
+    weights: QuantisedWeights | None,
 ) -> PagedTensor:
     assert parameter._tp_backing is not None
     name = parameter._tp_backing.name
     address, size_bytes = span_of(parameter)
     new: PagedTensor | None = None
-    for old, region in on_device:
+    codes_at = None if weights is None else weights.address(id(parameter))
+    if codes_at is not None:
+        plain = tensor_at(core, codes_at, tuple(parameter.shape), dense_strides(parameter), parameter.dtype)
+        new = make_paged(plain, Backing(core, name), parameter=True, requires_grad=parameter.requires_grad)
+    for old, region in new_regions if new is None else []:
         if old.address <= address and address + size_bytes <= old.address + old.size_bytes and size_bytes > 0:
             place = region.address + (address - old.address)
             plain = tensor_at(core, place, tuple(parameter.shape), tuple(parameter.stride()), parameter.dtype)
