@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tensorpager.budget import parse_bytes
 
-ITEMS = ("page-in", "decode", "overhead", "plan", "schedule")
+ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
 
 
 def main() -> int:
@@ -51,6 +51,10 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import overhead
 
         overhead.run(options.rounds)
+    elif item == "stored-as":
+        from bench import stored_as
+
+        stored_as.run(options.rounds)
     else:
         script = Path(__file__).with_name(f"bench_{item}.py")
         results = script.parent / "results"
