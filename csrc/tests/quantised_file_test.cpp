@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "device_sweep.hpp"
 #include "standin_fixture.hpp"
 #include "standin_kernels.hpp"
 #include "thrown_error.hpp"
@@ -171,6 +172,50 @@ TEST(QuantisedFile, without_the_device_the_numbers_come_from_the_drive) {
   pager.release(*held);
   pager.read_without_device({region.address, 3 * kPage}, read.data());
   EXPECT_EQ(read, resident);
+}
+
+TEST(QuantisedFile, kernels_see_the_numbers_whatever_the_timing) {
+  constexpr std::size_t kPages = 9;
+  const std::vector<std::uint16_t> numbers = some_numbers(kPages * kNumbers, 10);
+  std::vector<std::byte> expected(kPages * kPage);
+  for (std::size_t i = 0; i < kPages; ++i) {
+    quantise_record(std::span(numbers).subspan(i * kNumbers, kNumbers), {}, kPage, i, &expected[i * kPage]);
+    dequantise_in_place(&expected[i * kPage], {}, kPage);
+  }
+  std::uint64_t made = 0;
+  for (std::uint64_t seed = 1; seed <= 10; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937_64 random(seed);
+    test::StandinDevice device(test::slow_device(seed, 4));
+    test::add_kernels(device.standin());
+    QuantisedFile file("/dev/shm", {}, kPage);
+    file.append(numbers);
+    PagerOptions options = test::device_options(4, 4 + seed % 4);
+    options.device->kernels = std::as_bytes(std::span<const char, sizeof kStandinImage>(kStandinImage));
+    Pager pager(options);
+    const Region region = pager.map_quantised(std::move(file));
+    std::vector<SetId> sets;
+    for (std::size_t i = 0; i < kPages; ++i) sets.push_back(pager.add_set({{region.address + i * kPage, 8}}, "page"));
+    for (std::size_t step = 0; step < 40; ++step) {
+      const std::size_t page = random() % kPages;
+      pager.acquire(sets[page], {}, device.stream());
+      test::KernelWork& work = device.new_work();
+      for (int check = 0; check < 16; ++check) {
+        const std::size_t offset = page * kPage + random() % (kPage / 8) * 8;
+        std::uint64_t word = 0;
+        std::memcpy(&word, &expected[offset], sizeof word);
+        work.checks.push_back({test::device_pointer(region.address + offset), word});
+      }
+      device.launch(work, device.stream());
+      pager.release(sets[page], device.stream());
+    }
+    device.synchronize(device.stream());
+    made += pager.residency().counters().dequantised_on_device;
+    pager.close();
+    ASSERT_EQ(device.wrong(), 0u);
+    ASSERT_TRUE(device.standin().violations().empty()) << device.standin().violations().front();
+  }
+  EXPECT_GT(made, 100u);
 }
 
 TEST(QuantisedFile, for_other_pages_or_without_any_is_refused) {
