@@ -349,6 +349,16 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           "mark_written", [](Pager& self, std::uint32_t set) { self.mark_written(tp::SetId{set}); }, py::arg("set_id"),
           "The device writes to the pages of the set, which is acquired. ValueError if it is not.")
       .def(
+          "discard",
+          [](Pager& self, std::uintptr_t address, std::uint64_t size_bytes) {
+            return self.discard({reinterpret_cast<const std::byte*>(address), size_bytes});
+          },
+          py::arg("address"), py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
+          "Forget what the whole pages of a range in spill regions hold, dirty or spilled: they need not be written, "
+          "nor "
+          "read. Until they are written to under acquire or hold they show zeros, or what they held. Pages in use, of "
+          "files and on a device stay as they are. Returns how many were discarded. ValueError.")
+      .def(
           "synchronize",
           [](Pager& self, std::uintptr_t stream) {
             const py::gil_scoped_release no_gil;

@@ -8,7 +8,12 @@ namespace tp {
 bool HostMover::evictable(PageId page) const {
   if (!page.valid()) return false;
   const PageEntry& entry = residency_.table.at(page);
-  return entry.state == PageState::device && entry.pins == 0 && !(entry.dirty && spill_error_);
+  return entry.state == PageState::device && entry.pins == 0 && !(entry.dirty && !entry.dead && spill_error_);
+}
+
+void HostMover::begin_round() {
+  for (const std::uint64_t extent : residency_.discarded_extents) spill_.put_extent(extent);
+  residency_.discarded_extents.clear();
 }
 
 Start HostMover::start(PageId page, Purpose purpose, PageId planned_victim, std::int64_t used_after) {
@@ -33,14 +38,15 @@ Start HostMover::start(PageId page, Purpose purpose, PageId planned_victim, std:
 
 std::optional<FrameId> HostMover::free_a_frame(PageId planned_victim, std::int64_t used_after, PageId& dropped) {
   if (host_pool_.free_count() > 0) return host_pool_.take();
-  const PageId victim =
-      evictable(planned_victim) ? planned_victim : residency_.choose_victim(used_after, spill_error_.has_value());
+  const bool as_planned = evictable(planned_victim) && residency_.dead_pages == 0;
+  const PageId victim = as_planned ? planned_victim : residency_.choose_victim(used_after, spill_error_.has_value());
   if (!victim.valid()) return std::nullopt;
   PageEntry& entry = residency_.table.at(victim);
-  if (entry.dirty) {
+  if (entry.dirty && !entry.dead) {
     if (writebacks_in_flight_ < kWritebacksInFlightMax) begin_writeback(victim);
     return std::nullopt;
   }
+  if (entry.dead) residency_.forget_content(entry);
   // Clean: the bytes are on the drive. Its address keeps showing them, read-only, until carry_out unmaps it.
   const FrameId frame = entry.frame;
   entry.frame = FrameId{};

@@ -21,6 +21,7 @@ class HostMover final : public PageMover {
     return victim.pins > 0 || (victim.state != PageState::device && victim.state != PageState::absent);
   }
   bool working() const override { return transfers_->in_flight() > 0 || !jobs_.empty(); }
+  void begin_round() override;
   void carry_out() override;
   void poll(std::chrono::nanoseconds timeout) override { poll_transfers(timeout); }
 

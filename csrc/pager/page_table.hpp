@@ -45,6 +45,7 @@ struct PageEntry {
   PageState state = PageState::absent;
   Backing backing = Backing::zero;
   bool dirty = false;
+  bool dead = false;               // dirty, and nobody wants what it holds: Residency::discard
   std::uint16_t file = 0;          // index into the transfer's files, for Backing::checkpoint and Backing::quantised
   std::uint32_t pins = 0;          // acquires not yet released
   std::uint32_t waiters = 0;       // threads that wait for this page

@@ -437,6 +437,18 @@ void Pager::mark_written(SetId id) {
   residency_->mark_written(id);
 }
 
+std::size_t Pager::discard(AddressRange range) {
+  throw_if_unusable();
+  if (!recorder_.off() && recorder_.dry()) return 0;
+  std::vector<PageId> pages = pages_of({range});
+  const auto partly = [&](PageId page) {
+    const std::byte* begin = space_->address(page);
+    return begin < range.address || begin + page_bytes_ > range.address + range.size_bytes;
+  };
+  pages.erase(std::remove_if(pages.begin(), pages.end(), partly), pages.end());
+  return residency_->discard(pages);
+}
+
 std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
   refuse_capture(stream);

@@ -94,6 +94,8 @@ void Residency::pin_all(const PageSet& set) {
   for (const PageId page : set.pages) {
     PageEntry& entry = table.at(page);
     ++entry.pins;
+    dead_pages -= entry.dead;
+    entry.dead = false;
     if (entry.state == PageState::failed) table.set_state(page, PageState::absent);  // this access tries again
   }
   pinned_pages_ += newly_pinned;
@@ -149,6 +151,35 @@ std::uint64_t Residency::acquire(SetId id, AcquireKind kind, const Interrupted& 
   ring_.add(EventKind::acquire_end, -1, -1, step.value_or(-1), static_cast<std::int32_t>(id.value));
   wake_if_hungry();
   return copy_point(set);
+}
+
+std::size_t Residency::discard(std::span<const PageId> pages) {
+  const std::lock_guard lock(mutex);
+  throw_if_closing();
+  if (table.tiers() != 1) return 0;
+  std::size_t discarded = 0;
+  for (const PageId page : pages) {
+    PageEntry& entry = table.at(page);
+    if (entry.pins > 0 || entry.waiters > 0) continue;
+    if (entry.state != PageState::absent && entry.state != PageState::device) continue;
+    if (entry.backing != Backing::zero && entry.backing != Backing::spill) continue;
+    if (entry.dirty) {
+      if (!entry.dead) ++dead_pages;
+      entry.dead = true;
+    } else {
+      forget_content(entry);
+    }
+    ++discarded;
+  }
+  return discarded;
+}
+
+void Residency::forget_content(PageEntry& entry) {
+  if (entry.backing == Backing::spill) discarded_extents.push_back(entry.offset_bytes);
+  if (entry.dead) --dead_pages;
+  entry.backing = Backing::zero;
+  entry.dirty = entry.dead = false;
+  entry.lead_bytes = 0;
 }
 
 void Residency::mark_written(SetId id) {
@@ -509,7 +540,10 @@ PageId Residency::choose_victim(std::int64_t used_after, bool clean_only) const 
   for (const PageId page : frame_page) {
     if (!page.valid()) continue;
     const PageEntry& entry = table.at(page);
-    if (entry.state != PageState::device || entry.pins > 0 || (clean_only && entry.dirty) || !quiet(entry)) continue;
+    if (entry.state != PageState::device || entry.pins > 0 || (clean_only && entry.dirty && !entry.dead) ||
+        !quiet(entry))
+      continue;
+    if (entry.dead) return page;  // costs nothing, now or later
     const std::optional<std::int64_t> rank = eviction_rank(page, used_after);
     if (rank && (!best.valid() || *rank > best_rank)) {
       best = page;

@@ -113,6 +113,10 @@ class Residency {
   std::uint64_t finish_ticket(SetId id, Waiter& waiter, const Interrupted& interrupted);  // as acquire
   void end_ticket(SetId id, Waiter& waiter, std::uint64_t release_point) noexcept;
   bool try_fit(std::size_t page_count) const;  // could so many pages be pinned now?
+  // Nobody wants what these pages hold: what is dirty need not be written, and what was spilled need not be read. Until
+  // they are written to under an acquire they show zeros, or what they held. Returns how many; pages in use or on their
+  // way, those of files, and all on a device stay as they are.
+  std::size_t discard(std::span<const PageId> pages);
   // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
   bool touch(PageId page, bool write, const char** reason) noexcept;
   void begin_pass();
@@ -140,6 +144,10 @@ class Residency {
   std::unique_ptr<Tape> tape;
   std::vector<PageId> frame_page;  // by frame: the page that is resident in it, or invalid
   ReachedPoints reached;
+  std::vector<std::uint64_t> discarded_extents;  // of the spill: the mover takes them back
+  std::size_t dead_pages = 0;
+  // What a page without content becomes when it leaves, or was all along: zeros.
+  void forget_content(PageEntry& entry);
   std::vector<PageId> stale_host_pages;  // written on the device while they had a host frame
   Waiter* waiters = nullptr;             // first come, first served
   bool closing = false;

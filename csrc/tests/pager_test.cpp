@@ -172,6 +172,52 @@ TEST_P(PagerTest, equal_pages_are_one_set) {
   EXPECT_EQ(error_of([&] { acquire(pager, SetId{1000}); }).kind(), ErrorKind::invalid);
 }
 
+TEST_P(PagerTest, discarded_pages_are_neither_written_nor_read) {
+  if (on_device()) GTEST_SKIP() << "on a device nothing is discarded";
+  constexpr std::size_t kFrames = 8;
+  Pager pager(options(kFrames));
+  const Region region = pager.map_spill(20 * kPage);
+  const auto fill = [&](std::size_t page, std::uint64_t value) {
+    const std::optional<SetId> held = pager.hold({region.address + page * kPage, kPage}, {});
+    std::fill_n(writable_words(region) + page * kWordsPerPage, kWordsPerPage, value);
+    pager.release(*held);
+  };
+  for (std::size_t page = 0; page < 20; ++page) fill(page, 100 + page);  // 12 and more are spilled by now
+  const std::uint64_t spilled = pager.spill_bytes();
+  const std::uint64_t before = pager.residency().counters().writebacks;
+  EXPECT_EQ(pager.discard({region.address + 1, 20 * kPage - 1}), 19u);  // whole pages alone
+  for (int round = 0; round < 5; ++round) {
+    for (std::size_t page = 1; page < 7; ++page) fill(page, 200 + page);
+    EXPECT_EQ(pager.discard({region.address + kPage, 6 * kPage}), 6u);
+  }
+  EXPECT_LE(pager.residency().counters().writebacks, before + 1);  // page 0, which was not discarded
+  EXPECT_EQ(pager.spill_bytes(), spilled);
+  EXPECT_EQ(pager.io_counters().bytes_read, 0u);
+  touch(pager, region.address, [&] { EXPECT_EQ(words(region)[5], 100u); });
+  // What is written under an acquire after that is kept, and extents given back are taken again.
+  for (std::size_t page = 1; page < 20; ++page) fill(page, 300 + page);
+  for (std::size_t page = 1; page < 20; ++page) {
+    touch(pager, region.address + page * kPage,
+          [&] { ASSERT_EQ(words(region)[page * kWordsPerPage + 7], 300 + page) << page; });
+  }
+  EXPECT_EQ(pager.spill_bytes(), spilled);
+}
+
+TEST_P(PagerTest, what_is_held_or_of_a_file_is_not_discarded) {
+  if (on_device()) GTEST_SKIP() << "on a device nothing is discarded";
+  const PatternFile file(4 * kPage);
+  Pager pager(options(8));
+  const Region mapped = pager.map_file(file.path()), region = pager.map_spill(2 * kPage);
+  EXPECT_EQ(pager.discard({mapped.address, 4 * kPage}), 0u);
+  const std::optional<SetId> held = pager.hold({region.address, kPage}, {});
+  writable_words(region)[0] = 7;
+  EXPECT_EQ(pager.discard({region.address, 2 * kPage}), 1u);
+  EXPECT_EQ(words(region)[0], 7u);
+  pager.release(*held);
+  EXPECT_EQ(words(mapped)[kWordsPerPage], pattern(kWordsPerPage));
+  EXPECT_EQ(error_of([&] { pager.discard({mapped.address, 400 * kPage}); }).kind(), ErrorKind::invalid);
+}
+
 TEST_P(PagerTest, a_raw_touch_brings_the_page_in) {
   if (on_device()) GTEST_SKIP() << "on a device nothing traps: whoever touches what is absent loses the context";
   const PatternFile file(30 * kPage + 24);
