@@ -54,7 +54,7 @@ def _sample(stored_as: str | None) -> Sample:
         layer.weight.copy_(weight.roll(1))
     x = torch.randn(1, WIDTH).bfloat16()
     store = str(Path(__file__).parent)
-    with tensorpager.page(layers, BUDGET, store=store, stored_as=stored_as) as pager:
+    with tensorpager.page(layers, budget=BUDGET, store=store, stored_as=stored_as) as pager:
         for _ in range(3):
             layers(x)
         pager.reset_stats()

@@ -43,23 +43,23 @@ def test_what_a_host_has_not() -> None:
     with pytest.raises(ValueError, match="'auto' is for a device"):
         device_budget_bytes("auto", HOST)
     with pytest.raises(ValueError, match="host_budget"):
-        tp.page(net, "16MiB", host_budget="16MiB")
-    tp.page(net, "32MiB").close()  # nothing was changed
+        tp.page(net, budget="16MiB", host_budget="16MiB")
+    tp.page(net, budget="32MiB").close()  # nothing was changed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_a_machine_without_a_driver_says_so() -> None:
     net, _ = make_net()
     with pytest.raises(tp.EngineError, match="no CUDA driver"):
-        tp.page(net, "16MiB", device="cuda:0")
-    tp.page(net, "32MiB").close()
+        tp.page(net, budget="16MiB", device="cuda:0")
+    tp.page(net, budget="32MiB").close()
 
 
 @pytest.mark.usefixtures("standin")
 @pytest.mark.parametrize("host_budget", ["12MiB", "80MiB"])
 def test_the_same_bits_within_both_budgets(host_budget: str) -> None:
     net, twin = make_net()
-    with tp.page(net, "16MiB", device="cuda:0", host_budget=host_budget) as pager, torch.no_grad():
+    with tp.page(net, budget="16MiB", device="cuda:0", host_budget=host_budget) as pager, torch.no_grad():
         for _ in range(4):
             assert torch.equal(net(some_ids()), twin(some_ids()))
         stats = pager.stats()
@@ -78,7 +78,7 @@ def test_the_same_bits_within_both_budgets(host_budget: str) -> None:
 @pytest.mark.usefixtures("standin")
 def test_a_schedule_leaves_no_faults() -> None:
     net, _ = make_net()
-    with tp.page(net, "20MiB", device="cuda:0", host_budget="80MiB") as pager, torch.no_grad():
+    with tp.page(net, budget="20MiB", device="cuda:0", host_budget="80MiB") as pager, torch.no_grad():
         for _ in range(3):
             net(some_ids())
         pager.reset_stats()
@@ -140,7 +140,7 @@ def test_another_dtype_is_converted_into_spill(checkpoint: Path) -> None:
 @pytest.mark.usefixtures("standin")
 def test_what_is_written_in_place_survives_eviction() -> None:
     net, twin = make_net()
-    with tp.page(net, "16MiB", device="cuda:0", host_budget="12MiB") as pager, torch.no_grad():
+    with tp.page(net, budget="16MiB", device="cuda:0", host_budget="12MiB") as pager, torch.no_grad():
         net(some_ids())
         for model in (net, twin):
             for block in model.blocks:
@@ -159,7 +159,7 @@ def test_what_is_written_in_place_survives_eviction() -> None:
 @pytest.mark.usefixtures("standin")
 def test_a_pass_with_gradients_is_refused_before_it_begins() -> None:
     net, twin = make_net()
-    with tp.page(net, "16MiB", device="cuda:0") as pager:
+    with tp.page(net, budget="16MiB", device="cuda:0") as pager:
         with pytest.raises(tp.PagedTensorError, match="no_grad"):
             net(some_ids())
         assert pager.stats()["page_ins"] == 0
@@ -174,13 +174,13 @@ def test_a_pass_with_gradients_is_refused_before_it_begins() -> None:
 def test_a_device_is_refused_where_writes_could_not_be_seen() -> None:
     net, _ = make_net()
     with torch.inference_mode(), pytest.raises(tp.PagedTensorError, match="version counter"):
-        tp.page(net, "16MiB", device="cuda:0")
+        tp.page(net, budget="16MiB", device="cuda:0")
 
 
 @pytest.mark.usefixtures("standin")
 def test_an_operation_on_more_than_the_budget_is_refused() -> None:
     net, _ = make_net()
-    with tp.page(net, "16MiB", device="cuda:0", host_budget="32MiB") as pager:
+    with tp.page(net, budget="16MiB", device="cuda:0", host_budget="32MiB") as pager:
         with pytest.raises(tp.BudgetError, match="resident at once"):
             torch.nn.utils.parameters_to_vector(net.parameters())
         assert core_of(pager).stats()["pinned_pages"] == 0
@@ -189,7 +189,7 @@ def test_an_operation_on_more_than_the_budget_is_refused() -> None:
 @pytest.mark.usefixtures("standin")
 def test_a_closed_pager() -> None:
     net, _ = make_net()
-    pager = tp.page(net, "16MiB", device="cuda:0")
+    pager = tp.page(net, budget="16MiB", device="cuda:0")
     pager.close()
     pager.close()
     with pytest.raises(tp.ClosedError), torch.no_grad():
@@ -199,7 +199,7 @@ def test_a_closed_pager() -> None:
 @pytest.mark.usefixtures("standin")
 def test_a_failing_driver_call_is_named() -> None:
     net, twin = make_net()
-    with tp.page(net, "16MiB", device="cuda:0") as pager, torch.no_grad():
+    with tp.page(net, budget="16MiB", device="cuda:0") as pager, torch.no_grad():
         with pytest.raises(tp.DeviceError, match=r"cuStreamSynchronize failed.*CUDA_ERROR_INVALID_HANDLE, 400"):
             core_of(pager).synchronize(12345)
         assert torch.equal(net(some_ids()), twin(some_ids()))  # nothing was lost by it
@@ -208,7 +208,7 @@ def test_a_failing_driver_call_is_named() -> None:
 @pytest.mark.usefixtures("standin")
 def test_what_is_used_outside_of_modules_is_held_or_refused() -> None:
     net, twin = make_net()
-    with tp.page(net, "16MiB", device="cuda", host_budget="12MiB", page_bytes=2 * MIB) as pager:
+    with tp.page(net, budget="16MiB", device="cuda", host_budget="12MiB", page_bytes=2 * MIB) as pager:
         with torch.no_grad():
             net(some_ids())
         weight, plain = net.blocks[0].up.weight, twin.blocks[0].up.weight
@@ -227,12 +227,12 @@ def test_a_fused_module_that_does_not_fit_at_once_is_refused() -> None:
     """Its kernel takes all parameters without calling a child, so windows of the children's would not be enough."""
     layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True).eval()
     with pytest.raises(tp.BudgetError, match="at once"):
-        tp.page(layer, "8MiB", device="cuda", host_budget="16MiB", page_bytes=2 * MIB)
+        tp.page(layer, budget="8MiB", device="cuda", host_budget="16MiB", page_bytes=2 * MIB)
     fits = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True).eval()
     inputs = torch.randn(2, 4, 512)
     with torch.no_grad():
         expected = fits(inputs)
-        with tp.page(fits, "32MiB", device="cuda", host_budget="16MiB", page_bytes=2 * MIB):
+        with tp.page(fits, budget="32MiB", device="cuda", host_budget="16MiB", page_bytes=2 * MIB):
             assert torch.equal(fits(inputs), expected)
 
 
@@ -241,8 +241,8 @@ def test_a_device_elsewhere_does_not_page_in_what_is_printed_on_the_host() -> No
     on_device, _ = make_net()
     on_host, _ = make_net()
     with (
-        tp.page(on_device, "16MiB", device="cuda", host_budget="12MiB", page_bytes=2 * MIB),
-        tp.page(on_host, "32MiB") as pager,
+        tp.page(on_device, budget="16MiB", device="cuda", host_budget="12MiB", page_bytes=2 * MIB),
+        tp.page(on_host, budget="32MiB") as pager,
     ):
         before = core_of(pager).stats()["acquires"]
         repr(on_host.blocks[0].up.weight)

@@ -93,7 +93,7 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.Tensor
 def test_a_pass_on_fake_tensors_takes_the_steps_of_a_real_one(name: str, grad: bool) -> None:
     make_model, make_input = MODELS[name]
     model = make_model()
-    with tp.page(model, BUDGET) as pager, torch.set_grad_enabled(grad):
+    with tp.page(model, budget=BUDGET) as pager, torch.set_grad_enabled(grad):
         before = brought_in(pager)
         events = traced(model, pager, make_input())
         assert brought_in(pager) == before
@@ -105,7 +105,7 @@ def test_a_pass_on_fake_tensors_takes_the_steps_of_a_real_one(name: str, grad: b
 
 def test_tracing_in_inference_mode_and_under_autocast() -> None:
     net, _ = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         with torch.no_grad():
             expected = traced(net, pager, some_ids())
         with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_tracing_in_inference_mode_and_under_autocast() -> None:
 
 def test_views_read_outside_of_windows_are_steps_of_their_own() -> None:
     model = Shared()
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
+    with tp.page(model, budget=BUDGET) as pager, torch.no_grad():
         events = traced(model, pager, torch.ones(2, 512))
         names = [core_of(pager).set_name(event - 1) for event in events if event > 0]
     assert names.count("layer") >= 3
@@ -125,7 +125,7 @@ def test_views_read_outside_of_windows_are_steps_of_their_own() -> None:
 
 def test_tracing_reads_nothing_and_needs_no_memory() -> None:
     net, _ = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         pager.reset_stats()
         before = pager.stats()
         traced(net, pager, some_ids())
@@ -163,7 +163,7 @@ def test_tracing_leaves_no_trace() -> None:
     model = Stateful().train()
     x = torch.randn(4, 512)
     cache = {"states": [], "total": [torch.zeros(())]}
-    with tp.page(model, BUDGET) as pager:
+    with tp.page(model, budget=BUDGET) as pager:
         attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -197,7 +197,7 @@ def test_a_model_that_looks_at_values_is_planned_from_its_first_pass() -> None:
     x = torch.ones(2, 512)
     expected = [torch.nn.functional.linear(x, model.one.weight, model.one.bias).detach()]
     expected.append(torch.nn.functional.linear(-x, model.other.weight, model.other.bias).detach())
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
+    with tp.page(model, budget=BUDGET) as pager, torch.no_grad():
         with pytest.raises(tp.TraceError, match=r"DecidesByValue can't be run on fake tensors: DataDependent"):
             traced(model, pager, x)
         assert torch.equal(model(x), expected[0])
@@ -213,7 +213,7 @@ def test_a_model_with_hooks_of_the_users_is_not_traced() -> None:
     net, twin = make_net()
     seen: list[type] = []
     net.blocks[2].register_forward_hook(lambda _module, _args, output: seen.append(type(output)))
-    with tp.page(net, BUDGET) as pager, torch.no_grad():
+    with tp.page(net, budget=BUDGET) as pager, torch.no_grad():
         with pytest.raises(tp.TraceError, match=r"blocks\.2"):
             traced(net, pager, some_ids())
         assert seen == []
@@ -232,7 +232,7 @@ def test_a_model_that_reaches_no_parameter_has_no_steps() -> None:
             return x + 1
 
     model = Unused()
-    with tp.page(model, BUDGET) as pager:
+    with tp.page(model, budget=BUDGET) as pager:
         with pytest.raises(tp.TraceError, match="reached no paged parameter"):
             traced(model, pager, torch.ones(1))
         assert torch.equal(model(torch.ones(1)), torch.full((1,), 2.0))
@@ -241,7 +241,7 @@ def test_a_model_that_reaches_no_parameter_has_no_steps() -> None:
 
 def test_an_error_of_the_models_own_comes_out_of_the_real_pass() -> None:
     net, twin = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         with pytest.raises(IndexError):
             net(torch.tensor([[5000]]))
         with torch.no_grad():

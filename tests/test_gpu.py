@@ -37,7 +37,10 @@ def make_device_net() -> tuple[Net, Any]:
 def test_the_same_bits_as_the_model_on_the_device(host_budget: str) -> None:
     net, twin = make_device_net()
     ids = some_ids().to("cuda")
-    with tp.page(net, "16MiB", device="cuda", host_budget=host_budget, page_bytes=PAGE_BYTES) as pager, torch.no_grad():
+    with (
+        tp.page(net, budget="16MiB", device="cuda", host_budget=host_budget, page_bytes=PAGE_BYTES) as pager,
+        torch.no_grad(),
+    ):
         for _ in range(20):
             assert torch.equal(net(ids), twin(ids))
         stats = pager.stats()
@@ -51,10 +54,10 @@ def test_weights_stored_as_codes_are_the_same_numbers(stored_as: str) -> None:
     layers = torch.nn.Sequential(*(torch.nn.Linear(1536, 1536) for _ in range(8))).bfloat16()
     on_host = copy.deepcopy(layers)
     x = torch.randn(4, 1536).bfloat16()
-    with tp.page(on_host, "20MiB", stored_as=stored_as), torch.no_grad():
+    with tp.page(on_host, budget="20MiB", stored_as=stored_as), torch.no_grad():
         expected = copy.deepcopy(on_host).to("cuda")  # the host's numbers, which test_quantised.py holds to torch's
     with (
-        tp.page(layers, "16MiB", device="cuda", page_bytes=PAGE_BYTES, stored_as=stored_as) as pager,
+        tp.page(layers, budget="16MiB", device="cuda", page_bytes=PAGE_BYTES, stored_as=stored_as) as pager,
         torch.no_grad(),
     ):
         for _ in range(20):
@@ -68,7 +71,7 @@ def test_on_a_stream_of_its_own_too() -> None:
     net, twin = make_device_net()
     ids = some_ids().to("cuda")
     stream = torch.cuda.Stream()
-    with tp.page(net, "16MiB", device="cuda", page_bytes=PAGE_BYTES), torch.no_grad():
+    with tp.page(net, budget="16MiB", device="cuda", page_bytes=PAGE_BYTES), torch.no_grad():
         expected = twin(ids)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -80,7 +83,10 @@ def test_on_a_stream_of_its_own_too() -> None:
 def test_what_is_written_in_place_survives_eviction() -> None:
     net, twin = make_device_net()
     ids = some_ids().to("cuda")
-    with tp.page(net, "16MiB", device="cuda", host_budget="12MiB", page_bytes=PAGE_BYTES) as pager, torch.no_grad():
+    with (
+        tp.page(net, budget="16MiB", device="cuda", host_budget="12MiB", page_bytes=PAGE_BYTES) as pager,
+        torch.no_grad(),
+    ):
         for model in (net, twin):
             for block in model.blocks:
                 block.up.weight.mul_(0.5)
@@ -127,7 +133,7 @@ def test_ten_thousand_page_cycles_under_compute() -> None:
 
 def test_what_leaves_the_device_is_a_copy_on_the_host() -> None:
     net, twin = make_device_net()
-    with tp.page(net, "16MiB", device="cuda", host_budget="12MiB", page_bytes=PAGE_BYTES), torch.no_grad():
+    with tp.page(net, budget="16MiB", device="cuda", host_budget="12MiB", page_bytes=PAGE_BYTES), torch.no_grad():
         for copied in (net.blocks[0].up.weight.cpu(), net.blocks[0].up.weight.to("cpu")):
             assert copied.device.type == "cpu"
             assert torch.equal(copied, twin.blocks[0].up.weight.cpu())
@@ -146,7 +152,7 @@ def test_parameters_that_share_memory_move_together() -> None:
     model = Tied().requires_grad_(False)
     twin = copy.deepcopy(model).to("cuda")
     inputs = torch.randn(4, 1024, device="cuda")
-    with tp.page(model, "32MiB", device="cuda", host_budget="16MiB", page_bytes=PAGE_BYTES):
+    with tp.page(model, budget="32MiB", device="cuda", host_budget="16MiB", page_bytes=PAGE_BYTES):
         assert torch.equal(model(inputs), twin(inputs))
         with torch.no_grad():
             model.whole[0].mul_(0)

@@ -25,7 +25,7 @@ Pair = tuple[Net, Net, tp.Pager]
 def pair() -> Iterator[Pair]:
     """A paged net, its ordinary twin, the pager."""
     net, twin = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         yield net, twin, pager
 
 
@@ -33,7 +33,7 @@ def pair() -> Iterator[Pair]:
 def shared_pair() -> Iterator[Pair]:
     """The same for tests that change nothing."""
     net, twin = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         yield net, twin, pager
 
 
@@ -426,7 +426,7 @@ def test_threads_read_together(pair: Pair) -> None:
 
 def test_after_close_every_use_says_so() -> None:
     net, _ = make_net()
-    pager = tp.page(net, BUDGET)
+    pager = tp.page(net, budget=BUDGET)
     weight = net.blocks[0].up.weight
     view = weight.data[3]
     pager.close()

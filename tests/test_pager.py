@@ -67,7 +67,7 @@ def test_sizes_for_people() -> None:
 @pytest.mark.parametrize("engine", ["auto", "pread"])
 def test_a_paged_model_gives_the_same_bits_within_its_budget(engine: str) -> None:
     net, twin = make_net()
-    with tp.page(net, "16MiB", engine=engine) as pager, torch.no_grad():
+    with tp.page(net, budget="16MiB", engine=engine) as pager, torch.no_grad():
         assert pager.budget_bytes == BUDGET
         for shift in range(4):
             ids = (some_ids() + shift) % 1000
@@ -84,7 +84,7 @@ def test_a_paged_model_gives_the_same_bits_within_its_budget(engine: str) -> Non
 def test_steady_passes_read_what_the_schedule_promises() -> None:
     net, _ = make_net()
     passes = 6
-    with tp.page(net, BUDGET) as pager, torch.no_grad():
+    with tp.page(net, budget=BUDGET) as pager, torch.no_grad():
         for _ in range(2):
             net(some_ids())
         before = pager.stats()
@@ -103,7 +103,7 @@ def test_steady_passes_read_what_the_schedule_promises() -> None:
 
 def test_a_model_that_fits_is_read_once() -> None:
     net, twin = make_net()
-    with tp.page(net, 64 * MIB) as pager, torch.no_grad():
+    with tp.page(net, budget=64 * MIB) as pager, torch.no_grad():
         net(some_ids())
         before = pager.stats()
         for _ in range(3):
@@ -121,23 +121,23 @@ def test_a_budget_too_small_for_a_module_changes_nothing() -> None:
     with pytest.raises(
         tp.BudgetError, match=r"module '1' needs its 16\.1 MiB.*smallest budget that works is (\d+) bytes"
     ) as caught:
-        tp.page(model, BUDGET)
+        tp.page(model, budget=BUDGET)
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
     assert all(torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
     assert not model._forward_pre_hooks
     needed = int(str(caught.value).split("works is ")[1].split()[0])
     with pytest.raises(tp.BudgetError):
-        tp.page(model, needed - 1)
-    with tp.page(model, needed) as pager:
+        tp.page(model, budget=needed - 1)
+    with tp.page(model, budget=needed) as pager:
         assert model(torch.ones(1, 256)).shape == (1, 16384)
         assert pager.stats()["resident_bytes_max"] <= needed
 
 
 def test_a_budget_too_small_for_anything() -> None:
     with pytest.raises(tp.BudgetError, match="too small"):
-        tp.page(torch.nn.Linear(4, 4), "1MiB")
+        tp.page(torch.nn.Linear(4, 4), budget="1MiB")
     with pytest.raises(ValueError, match="size"):
-        tp.page(torch.nn.Linear(4, 4), "lots")
+        tp.page(torch.nn.Linear(4, 4), budget="lots")
 
 
 # -- what is paged, and how it is moved --------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_every_kind_of_parameter_keeps_its_values() -> None:
     model.scalar.grad = torch.tensor(0.5)
     model.scalar.note = "kept"  # type: ignore[attr-defined]
     twin = {name: (p.detach().clone(), p.stride(), p.requires_grad) for name, p in model.named_parameters()}
-    with tp.page(model, BUDGET) as pager:
+    with tp.page(model, budget=BUDGET) as pager:
         for name, parameter in model.named_parameters():
             values, stride, requires_grad = twin[name]
             assert torch.equal(parameter, values), name
@@ -193,7 +193,7 @@ def test_every_kind_of_parameter_keeps_its_values() -> None:
 
 def test_tied_parameters_stay_one() -> None:
     net, _ = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         assert net.head.weight is net.embed.weight
         assert pager.stats()["paged_tensors"] == len(list(net.parameters()))
         core = core_of(pager)
@@ -205,7 +205,7 @@ def test_tied_parameters_stay_one() -> None:
 def test_originals_are_freed_as_they_are_moved() -> None:
     net, _ = make_net()
     storages = [weakref.ref(p) for p in net.parameters()]
-    with tp.page(net, BUDGET):
+    with tp.page(net, budget=BUDGET):
         assert [ref() for ref in storages] == [None] * len(storages)
 
 
@@ -214,7 +214,7 @@ def test_recurrent_layers_use_the_paged_weights() -> None:
     lstm = torch.nn.LSTM(256, 256, num_layers=2, batch_first=True)
     twin = copy.deepcopy(lstm)
     x = torch.randn(2, 7, 256)
-    with tp.page(lstm, BUDGET):
+    with tp.page(lstm, budget=BUDGET):
         assert all(type(weight) is PagedTensor for weight in lstm._flat_weights)
         result, expected = lstm(x)[0], twin(x)[0]
         assert torch.equal(result, expected)
@@ -238,7 +238,7 @@ def test_fused_attention_kernels_are_taken_as_without_paging(kind: str, grad: bo
     def run(module: Any) -> torch.Tensor:
         return module(x, x, x)[0] if kind == "attention" else module(x, src_key_padding_mask=mask)
 
-    with tp.page(model, BUDGET) as pager, torch.set_grad_enabled(grad):
+    with tp.page(model, budget=BUDGET) as pager, torch.set_grad_enabled(grad):
         for _ in range(3):
             assert torch.equal(run(model), run(twin))
         assert torch._C._is_torch_function_enabled()
@@ -262,7 +262,7 @@ def test_the_guard_is_back_after_an_interrupted_fused_kernel(traced: bool) -> No
 
     activation = Activation(1, 1)
     layer = torch.nn.TransformerEncoderLayer(256, 8, 512, batch_first=True, activation=activation)
-    pager = tp.page(layer, BUDGET)
+    pager = tp.page(layer, budget=BUDGET)
     x = torch.randn(1, 3, 256)
     if not traced:
         layer(x)
@@ -279,7 +279,7 @@ def test_a_module_that_is_its_own_root() -> None:
     layer = torch.nn.Linear(512, 512)
     twin = copy.deepcopy(layer)
     x = torch.ones(1, 512)
-    with tp.page(layer, BUDGET) as pager:
+    with tp.page(layer, budget=BUDGET) as pager:
         for _ in range(3):
             assert torch.equal(layer(x), twin(x))
         assert pager.stats()["schedule"]["steps"] == 1
@@ -320,23 +320,23 @@ def bad_model(kind: str) -> torch.nn.Module:
 )
 def test_what_cannot_be_paged_is_refused(kind: str, message: str) -> None:
     with pytest.raises(tp.PagedTensorError, match=message):
-        tp.page(bad_model(kind), BUDGET)
+        tp.page(bad_model(kind), budget=BUDGET)
 
 
 def test_paging_twice_is_refused() -> None:
     layer = torch.nn.Linear(8, 8)
-    with tp.page(layer, BUDGET), pytest.raises(tp.PagedTensorError, match="paged already"):
-        tp.page(layer, BUDGET)
+    with tp.page(layer, budget=BUDGET), pytest.raises(tp.PagedTensorError, match="paged already"):
+        tp.page(layer, budget=BUDGET)
 
 
 def test_a_store_that_is_no_directory(tmp_path: Path) -> None:
     with pytest.raises(tp.IoError, match="nowhere"):
-        tp.page(torch.nn.Linear(8, 8), BUDGET, tmp_path / "nowhere")
+        tp.page(torch.nn.Linear(8, 8), budget=BUDGET, store=tmp_path / "nowhere")
 
 
 def test_spill_leaves_no_name_behind(tmp_path: Path) -> None:
     net, _ = make_net()
-    with tp.page(net, BUDGET, tmp_path) as pager:
+    with tp.page(net, budget=BUDGET, store=tmp_path) as pager:
         assert pager.stats()["spill_bytes"] > 0
         assert list(tmp_path.iterdir()) == []
 
@@ -375,7 +375,7 @@ def test_a_forward_that_is_left_early_holds_nothing_afterwards(place: str, error
     twin = copy.deepcopy(model)
     x = torch.ones(1, 512)
     failing: Any = model if place == "root" else model.second
-    with tp.page(model, BUDGET) as pager:
+    with tp.page(model, budget=BUDGET) as pager:
         assert torch.equal(model(x), twin(x))
         failing.error = error
         for _ in range(3):
@@ -403,7 +403,7 @@ def test_a_module_that_calls_itself() -> None:
     model = Recursive()
     twin = copy.deepcopy(model)
     x = torch.ones(1, 512)
-    with tp.page(model, BUDGET) as pager:
+    with tp.page(model, budget=BUDGET) as pager:
         for _ in range(2):
             assert torch.equal(model(x, 3), twin(x, 3))
         stats = pager.stats()
@@ -422,7 +422,7 @@ def test_threads_share_a_model() -> None:
             for _ in range(3):
                 wrong.extend([index] * (not torch.equal(net(ids[index]), expected[index])))
 
-    with tp.page(net, 24 * MIB) as pager:
+    with tp.page(net, budget=24 * MIB) as pager:
         threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
         for thread in threads:
             thread.start()
@@ -435,7 +435,7 @@ def test_threads_share_a_model() -> None:
 
 def test_two_pagers_at_a_time() -> None:
     nets = [make_net() for _ in range(2)]
-    pagers = [tp.page(net, BUDGET) for net, _ in nets]
+    pagers = [tp.page(net, budget=BUDGET) for net, _ in nets]
     with torch.no_grad():
         for _ in range(2):
             for net, twin in nets:
@@ -453,7 +453,7 @@ def test_two_pagers_at_a_time() -> None:
 
 def test_copies_of_a_model_are_ordinary_models() -> None:
     net, twin = make_net()
-    net.pager = tp.page(net, BUDGET)  # as from_pretrained does
+    net.pager = tp.page(net, budget=BUDGET)  # as from_pretrained does
     net(some_ids())
     copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
     net.pager.close()
@@ -473,15 +473,15 @@ def test_copies_of_a_model_are_ordinary_models() -> None:
 
 def test_a_copy_can_be_paged_again() -> None:
     net, twin = make_net()
-    with tp.page(net, BUDGET):
+    with tp.page(net, budget=BUDGET):
         copied = copy.deepcopy(net)
-    with tp.page(copied, BUDGET):
+    with tp.page(copied, budget=BUDGET):
         assert torch.equal(copied(some_ids()), twin(some_ids()))
 
 
 def test_a_pager_nobody_keeps_goes_on_paging() -> None:
     net, twin = make_net()
-    tp.page(net, BUDGET)
+    tp.page(net, budget=BUDGET)
     gc.collect()
     for _ in range(2):
         assert torch.equal(net(some_ids()), twin(some_ids()))
@@ -489,7 +489,7 @@ def test_a_pager_nobody_keeps_goes_on_paging() -> None:
 
 def test_model_pager_and_memory_go_without_the_collector() -> None:
     net, _ = make_net()
-    pager = tp.page(net, BUDGET)
+    pager = tp.page(net, budget=BUDGET)
     with torch.no_grad():
         net(some_ids())
     refs = [weakref.ref(net), weakref.ref(pager), weakref.ref(net.embed.weight)]
@@ -512,7 +512,7 @@ def native_threads() -> int:
 
 def test_a_tensor_outlives_model_and_pager() -> None:
     net, twin = make_net()
-    tp.page(net, BUDGET)
+    tp.page(net, budget=BUDGET)
     weight = net.blocks[0].up.weight
     del net
     assert torch.equal(weight + 1, twin.blocks[0].up.weight + 1)
@@ -520,7 +520,7 @@ def test_a_tensor_outlives_model_and_pager() -> None:
 
 def test_close_ends_the_context_and_comes_twice() -> None:
     net, _ = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         net(some_ids())
         assert not pager.closed
         assert "29 tensors, 34.0 MiB in a budget of 16.0 MiB" in repr(pager)
@@ -534,7 +534,7 @@ def test_close_ends_the_context_and_comes_twice() -> None:
 
 def test_trace_writes_a_file_for_perfetto(tmp_path: Path) -> None:
     net, _ = make_net()
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         net(some_ids())
         events = pager.trace(tmp_path / "trace.json")
     assert len(events) > 0
@@ -548,7 +548,8 @@ def test_trace_writes_a_file_for_perfetto(tmp_path: Path) -> None:
 def run_python(program: str) -> subprocess.CompletedProcess[str]:
     head = "import os, signal, sys, threading, time\nimport torch\nimport tensorpager as tp\n"
     head += (
-        "from torch_models import BUDGET, make_net, some_ids\nnet, twin = make_net()\npager = tp.page(net, BUDGET)\n"
+        "from torch_models import BUDGET, make_net, some_ids\n"
+        "net, twin = make_net()\npager = tp.page(net, budget=BUDGET)\n"
     )
     return subprocess.run(
         [sys.executable, "-c", head + textwrap.dedent(program)],
@@ -650,7 +651,7 @@ def test_interrupt_main_while_it_computes() -> None:
                 x = x + 0
             return super().forward(x)
 
-    with tp.page(net, BUDGET) as pager:
+    with tp.page(net, budget=BUDGET) as pager:
         net(some_ids())
         plain_class = type(net.head)
         net.head.__class__ = Interrupting

@@ -31,7 +31,7 @@ def test_other_steps_are_served_and_planned_for_a_few_times() -> None:
     twin = copy.deepcopy(model)
     x = torch.ones(2, 512)
     orders = [(*range(start, 12), *range(start)) for start in range(12)]
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
+    with tp.page(model, budget=BUDGET) as pager, torch.no_grad():
 
         def run_all() -> None:
             for turn in range(3):
@@ -87,7 +87,7 @@ def test_experts_learn_a_frequency() -> None:
         chosen = [[0 if choices.random() < 0.9 else 7, choices.randint(1, 6)] for _ in range(4)]
         assert torch.equal(model(x, chosen), twin(x, chosen))
 
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
+    with tp.page(model, budget=BUDGET) as pager, torch.no_grad():
         with pytest.warns(UserWarning, match="took other steps"):
             run(64)
         schedule = pager._director.schedule
@@ -107,7 +107,7 @@ def test_the_shapes_of_the_arguments_tell_which_pass_comes() -> None:
     torch.manual_seed(0)
     model = Branching()
     first, second = tuple(range(6)), tuple(range(6, 12))
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
+    with tp.page(model, budget=BUDGET) as pager, torch.no_grad():
         for _ in range(2):
             model(torch.ones(2, 512), first)
             model(torch.ones(3, 512), second)
@@ -151,7 +151,7 @@ def test_a_pass_goes_on_with_the_known_one_that_began_like_it(budget: int) -> No
     model = Deciding()
     twin = copy.deepcopy(model)
     choices = random.Random(1)
-    with tp.page(model, budget) as pager, torch.no_grad():
+    with tp.page(model, budget=budget) as pager, torch.no_grad():
         keys = {}
         for choice in (0, 1, 2, 3):
             assert torch.equal(model(choosing(choice)), twin(choosing(choice)))
@@ -187,7 +187,7 @@ def test_a_pass_that_only_began_like_a_known_one_is_mispredicted_and_changes_not
     twin = copy.deepcopy(model)
     x = torch.ones(2, 512)
     known = [(*range(4), first, *range(4, 12)) for first in range(4, 12)]
-    with tp.page(model, BUDGET) as pager, torch.no_grad():
+    with tp.page(model, budget=BUDGET) as pager, torch.no_grad():
         for order in known:
             model(x, order)
         assert pager.stats()["plans"] == len(known) == PASS_PLANS_MAX

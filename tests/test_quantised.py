@@ -51,7 +51,7 @@ def test_the_model_computes_with_what_codes_and_scales_say(stored_as: str, dtype
     layers, twin = make_layers(dtype)
     store_twin(twin, stored_as)
     x = torch.randn(4, WIDTH).to(dtype)
-    with tp.page(layers, "20MiB", stored_as=stored_as) as pager, torch.no_grad():
+    with tp.page(layers, budget="20MiB", stored_as=stored_as) as pager, torch.no_grad():
         for _ in range(3):
             assert torch.equal(layers(x), twin(x))
         for name, parameter in layers.named_parameters():
@@ -66,7 +66,7 @@ def test_about_half_the_bytes_are_read() -> None:
     for stored_as in (None, "int8"):
         layers, _ = make_layers()
         x = torch.randn(4, WIDTH).bfloat16()
-        with tp.page(layers, "18MiB", stored_as=stored_as) as pager, torch.no_grad():
+        with tp.page(layers, budget="18MiB", stored_as=stored_as) as pager, torch.no_grad():
             for _ in range(2):
                 layers(x)
             pager.reset_stats()
@@ -86,7 +86,7 @@ def test_a_modified_weight_stays_exact() -> None:
     layers, twin = make_layers()
     store_twin(twin, "int8")
     x = torch.randn(4, WIDTH).bfloat16()
-    with tp.page(layers, "18MiB", stored_as="int8"), torch.no_grad():
+    with tp.page(layers, budget="18MiB", stored_as="int8"), torch.no_grad():
         for net in (layers, twin):
             for parameter in net[2].parameters():
                 parameter.add_(0.001)
@@ -102,7 +102,7 @@ def test_the_same_numbers_on_a_device(stored_as: str) -> None:
     store_twin(twin, stored_as)
     x = torch.randn(4, WIDTH).bfloat16()
     with (
-        tp.page(layers, "16MiB", device="cuda:0", host_budget="12MiB", stored_as=stored_as) as pager,
+        tp.page(layers, budget="16MiB", device="cuda:0", host_budget="12MiB", stored_as=stored_as) as pager,
         torch.no_grad(),
     ):
         for _ in range(3):
@@ -146,13 +146,13 @@ def test_a_checkpoint_is_stored_anew(tmp_path: Path) -> None:
 def test_what_can_not_be_stored_so_is_refused_and_nothing_is_changed() -> None:
     layers, twin = make_layers(depth=2)
     with pytest.raises(ValueError, match="int8, float8_e4m3fn, float8_e5m2"):
-        tp.page(layers, "32MiB", stored_as="int4")
+        tp.page(layers, budget="32MiB", stored_as="int4")
     with pytest.raises(tp.PagedTensorError, match="no parameter can be stored so"):
-        tp.page(copy.deepcopy(layers).float(), "64MiB", stored_as="int8")
+        tp.page(copy.deepcopy(layers).float(), budget="64MiB", stored_as="int8")
     with torch.no_grad():
         layers[1].weight[7, 9] = float("inf")
     with pytest.raises(tp.PagedTensorError, match=r"'1.weight' can't be stored as int8: .*infinite or NaN"):
-        tp.page(layers, "32MiB", stored_as="int8")
+        tp.page(layers, budget="32MiB", stored_as="int8")
     assert all(type(parameter) is torch.nn.Parameter for parameter in layers.parameters())
     assert torch.equal(layers[0].weight, twin[0].weight)
-    tp.page(layers, "32MiB").close()
+    tp.page(layers, budget="32MiB").close()

@@ -187,6 +187,12 @@ class Pager:
         Drain transfers, fail those who wait, free the memory. Idempotent.
         """
     def contains(self, address: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
+    def discard(
+        self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> int:
+        """
+        Forget what the whole pages of a range in spill regions hold, dirty or spilled: they need not be written, nor read. Until they are written to under acquire or hold they show zeros, or what they held. Pages in use, of files and on a device stay as they are. Returns how many were discarded. ValueError.
+        """
     def events(self) -> numpy.ndarray:
         """
         The last events, oldest first; see EVENT_KINDS.

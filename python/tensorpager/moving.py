@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Slot", "collect", "move_group"]
 
+Moved = Callable[[torch.nn.Parameter, PagedTensor], None]
 Owners = list[tuple[torch.nn.Module, str]]
 
 
@@ -111,10 +112,10 @@ def _overlapping(slots: list[Slot]) -> Iterator[Group]:
         yield group
 
 
-def move_group(core: Core, group: Group) -> int:
+def move_group(core: Core, group: Group, moved: Moved) -> int:
     """Copy one group to its address and put paged parameters in place. Returns their number. Blocks on I/O.
 
-    The originals are freed with the group.
+    moved(original, paged) is called for each. The originals are freed with the group.
     """
     assert group.address is not None
     if len(group.slots) == 1:
@@ -124,7 +125,7 @@ def move_group(core: Core, group: Group) -> int:
         plain = tensor_at(core, group.address, shape, strides, source.dtype)
         if not group.written:
             copy_into(core, plain, source)
-        _swap(core, slot, plain)
+        _swap(core, slot, plain, moved)
         return 1
     first = group.slots[0].parameter.detach()
     start_bytes = first.storage_offset() * first.element_size() - group.slots[0].offset_bytes
@@ -141,11 +142,11 @@ def move_group(core: Core, group: Group) -> int:
             tuple(parameter.shape),
             tuple(parameter.stride()),
         )
-        _swap(core, slot, typed)
+        _swap(core, slot, typed, moved)
     return len(group.slots)
 
 
-def _swap(core: Core, slot: Slot, plain: torch.Tensor) -> None:
+def _swap(core: Core, slot: Slot, plain: torch.Tensor, moved: Moved) -> None:
     original = slot.parameter
     paged = make_paged(plain, Backing(core, slot.name), parameter=True, requires_grad=original.requires_grad)
     paged.__dict__.update({name: value for name, value in vars(original).items() if name not in vars(paged)})
@@ -159,3 +160,4 @@ def _swap(core: Core, slot: Slot, plain: torch.Tensor) -> None:
                 "something else in place. Page the model without that module"
             )
             raise PagedTensorError(msg)
+    moved(original, paged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tensorpager.backward import BackwardHook
 from tensorpager.budget import format_bytes, parse_bytes
 from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
-from tensorpager.errors import BudgetError
+from tensorpager.errors import BudgetError, PagedTensorError
 from tensorpager.moving import Group, collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
 from tensorpager.private_file import write_private
 from tensorpager.quantised import QuantisedWeights
 from tensorpager.spill import SpillArena, aligned_size, choose_directory
+from tensorpager.training import Training, check_optimizers
 from tensorpager.windows import EnterHook, EnterUnguardedHook, LeaveHook, Window, drop_abandoned_calls
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Pager:
         self._tensor_count = tensor_count
         self._spilled_bytes = spilled_bytes
         self._quantised_bytes = quantised_bytes
+        self._training: Training | None = None
 
     @property
     def closed(self) -> bool:
@@ -74,13 +78,13 @@ class Pager:
 
         Beside the core's own (bytes_read, bytes_written, page_ins, faults, stalls, touches, resident_bytes_max, engine,
         ...): paged_tensors and paged_bytes (of the model), spill_reserved_bytes (the part of it that is in no
-        checkpoint), quantised_bytes (what weights that are stored_as codes take on the drive; dequantised and
-        dequantised_on_device: their page-ins), hit_rate (page accesses that needed no page-in, of all), and schedule:
-        its certificate (see page_schedule.PageSchedule), or None. plans: passes that were planned for one by one;
-        expected_plans: plans for what many different passes have in common; schedule_switches: steps at which a pass
-        left its schedule and went on with another known one; mispredicted_passes: of passes, those whose steps were
-        not those of the schedule followed at their end, switched to or not. trace_failure and plan_failure say why
-        there is no schedule, or None.
+        checkpoint), training_bytes (of gradients and optimizer state), quantised_bytes (what weights that are stored_as
+        codes take on the drive; dequantised and dequantised_on_device: their page-ins), hit_rate (page accesses that
+        needed no page-in, of all), and schedule: its certificate (see page_schedule.PageSchedule), or None. plans:
+        passes that were planned for one by one; expected_plans: plans for what many different passes have in common;
+        schedule_switches: steps at which a pass left its schedule and went on with another known one;
+        mispredicted_passes: of passes, those whose steps were not those of the schedule followed at their end, switched
+        to or not. trace_failure and plan_failure say why there is no schedule, or None.
         """
         director = self._director
         counters: dict[str, Any] = dict(self._core.stats())
@@ -92,6 +96,7 @@ class Pager:
         counters["paged_bytes"] = self._paged_bytes
         counters["spill_reserved_bytes"] = self._spilled_bytes
         counters["quantised_bytes"] = self._quantised_bytes
+        counters["training_bytes"] = 0 if self._training is None else self._training.size_bytes
         counters["plans"] = director.plan_count
         counters["expected_plans"] = director.expected_plan_count
         counters["mispredicted_passes"] = director.mispredicted_pass_count
@@ -99,6 +104,11 @@ class Pager:
         counters["plan_failure"] = director.plan_failure
         counters["schedule"] = self._certificate()
         return counters
+
+    def _train(self, training: Training) -> None:
+        training.begin(self._director)
+        self._director.trains = True
+        self._training = training
 
     def _certificate(self) -> dict[str, int | float] | None:
         schedule = self._director.schedule
@@ -201,9 +211,10 @@ def make_core(
 
 def page(
     model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    *,
     budget: int | str = "1GiB",
     store: str | os.PathLike[str] | None = None,
-    *,
     engine: str = "auto",
     page_bytes: int = 0,
     device: Device = None,
@@ -211,6 +222,10 @@ def page(
     stored_as: str | None = None,
 ) -> Pager:
     """Page the parameters of a model: from now on `budget` bytes of them are resident, the rest is on disk.
+
+    optimizer: of torch.optim, over parameters of the model; one, or several. Then gradients and optimizer state are
+    paged too, and training needs no more RAM than the budget, activations, and one gradient at a time; the trained
+    weights are the same, bit for bit. step() updates as many parameters at a time as half of the budget holds.
 
     budget: bytes, or a text such as "1GiB". store: directory for the spill file, which has no name and is gone when the
     process ends; by default the first of $TMPDIR, /var/tmp and the working directory that is on a disk. engine: "auto",
@@ -227,14 +242,20 @@ def page(
     page stay exact. The model computes in its own dtype. On a device a kernel makes the numbers as they arrive.
 
     The parameters become PagedTensors at the same places in the model; each original is freed once it is copied, so
-    the peak is the model plus the budget. Tied and overlapping parameters stay so. Buffers and gradients stay in RAM.
-    Make optimizers afterwards: they would keep the originals.
+    the peak is the model plus the budget. Tied and overlapping parameters stay so. Buffers stay in RAM. An optimizer
+    that is not given here has to be made afterwards (it would keep the originals), and keeps its state in RAM.
 
     Raises BudgetError, before anything is changed, when one module's parameters don't fit; PagedTensorError for a
     parameter that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged),
-    and when no weight can be stored_as is asked for;
+    for an optimizer whose step can't be taken some parameters at a time, and when no weight can be stored_as is asked
+    for; TypeError for what is no optimizer;
     IoError, EngineError, DeviceError, MemoryMapError, ValueError.
     """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(_sequence(optimizer))
+    check_optimizers(optimizers)
+    if optimizers and device_number(device) != HOST:
+        msg = "on a device only inference works so far: page the model there without its optimizer, or on the host"
+        raise PagedTensorError(msg)
     groups = collect(model)
     core = make_core(budget, store, engine, page_bytes, device, host_budget)
     try:
@@ -255,12 +276,29 @@ def page(
         del spans
         paged_bytes = sum(group.size_bytes for group in groups)
         tensor_count = 0
+        training = Training(core, optimizers) if optimizers else None
         while groups:
-            tensor_count += move_group(core, groups.pop(0))
+            tensor_count += move_group(core, groups.pop(0), _ignore_moved if training is None else training.moved)
     except BaseException:
         core.close()
         raise
-    return _attach(model, core, windows, paged_bytes, tensor_count, arena.size_bytes, quantised_bytes)
+    pager = _attach(model, core, windows, paged_bytes, tensor_count, arena.size_bytes, quantised_bytes)
+    if training is not None:
+        pager._train(training)
+    return pager
+
+
+def _sequence(optimizers: object) -> Sequence[torch.optim.Optimizer]:
+    if optimizers is None:
+        return []
+    if isinstance(optimizers, (list, tuple)):
+        return optimizers
+    msg = f"page(model, optimizer) takes an optimizer or a list of some, not {optimizers!r}; a budget is budget=..."
+    raise TypeError(msg)
+
+
+def _ignore_moved(_original: torch.nn.Parameter, _paged: PagedTensor) -> None:
+    pass
 
 
 def _place_quantised(groups: list[Group], weights: QuantisedWeights) -> int:
@@ -379,9 +417,13 @@ def _attach(
     for item in windows:
         item.module.register_forward_pre_hook(EnterHook(item.window))
         entered[id(item.module)] = item.module
+        held: list[PagedTensor] = []
         for parameter in (parameter for owner in item.owners for parameter in owner._parameters.values()):
             if isinstance(parameter, PagedTensor) and parameter._tp_backing is not None:
                 parameter._tp_backing.windows.append(item.window)
+                held.append(parameter)
+        if core.device == HOST:
+            item.module.register_forward_hook(BackwardHook(item.window, held))
     for module in entered.values():
         module.register_forward_hook(LeaveHook(), always_call=True)
     model.register_forward_hook(RootLeaveHook(director), always_call=True)

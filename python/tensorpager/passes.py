@@ -10,6 +10,9 @@ The core knows all of their schedules. A pass that leaves the one expected for t
 same way goes on with that one, from that very step (`csrc/pager/tape.hpp`); one that is none of them is served on
 demand, and the rest of the schedule is still followed.
 
+While a model is trained with an optimizer of `page(model, optimizer)`, a pass is all that happens up to the optimizer's
+step: forward, backward, more of both when gradients are accumulated, and the step.
+
 Threads: passes may run concurrently; one of them at a time is recorded.
 """
 
@@ -24,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tensorpager.backward import end_abandoned_backward
 from tensorpager.device import HOST, refuse_backward
 from tensorpager.errors import BudgetError, TraceError
 from tensorpager.expected_pass import PassHistory
@@ -39,6 +43,8 @@ __all__ = ["PASS_PLANS_MAX", "PassDirector", "RootEnterHook", "RootLeaveHook"]
 PASS_PLANS_MAX = 8
 #: Once there are more, a schedule for what they have in common is made after so many passes, again and again.
 EXPECT_EVERY_PASSES = 16
+#: A pass with gradients that never comes to an optimizer's step ends after so many forwards.
+TRAINING_FORWARDS_MAX = 512
 #: So many passes that took other steps than expected are told of, once.
 TELL_AFTER_PASSES = 16
 
@@ -60,6 +66,9 @@ class PassDirector:
         self._open = _OpenPasses()
         self._lock = threading.Lock()  # over the fields below
         self._recorded_thread: int | None = None
+        self.trains = False  # an optimizer tells of its steps
+        self._forwards = 0  # of the training pass that is recorded; 0: none is
+        self._stepped = False  # in its backward
         self._tried_to_trace = False
         self._schedules: dict[
             bytes, PageSchedule | None
@@ -109,12 +118,44 @@ class PassDirector:
         if not frames:
             if self._core.device != HOST:
                 refuse_backward(model)
+            end_abandoned_backward()
+            if self._goes_on():
+                frames.append(frame)
+                return
             self._end_recording()  # of an abandoned pass, if any
             self._trace_once(model, args, kwargs)
             self._foresee(args, kwargs)
             self._core.begin_pass()
             self._begin_recording()
+            if self.trains and torch.is_grad_enabled() and self._recorded_thread == threading.get_ident():
+                self._forwards = 1
         frames.append(frame)
+
+    def _goes_on(self) -> bool:
+        """Whether this thread's training pass goes on with another forward."""
+        if self._forwards == 0 or self._recorded_thread != threading.get_ident():
+            return False
+        if self._stepped or self._forwards == TRAINING_FORWARDS_MAX:
+            self._end_training_pass(completed=self._stepped)
+            return False
+        self._forwards += 1
+        return True
+
+    def step_done(self, *, in_backward: bool) -> None:
+        """An optimizer has made a step: the pass is over, or will be with the backward that it is part of."""
+        if self._forwards == 0 or self._recorded_thread != threading.get_ident():
+            return
+        if in_backward:
+            self._stepped = True
+        else:
+            self._end_training_pass(completed=True)
+
+    def _end_training_pass(self, *, completed: bool) -> None:
+        self._forwards = 0
+        self._stepped = False
+        events = self._end_recording()
+        if completed and events is not None and len(events) > 0:
+            self._follow(events)
 
     def leave(self, frame: FrameType, *, completed: bool) -> None:
         """The call ends that runs in `frame`."""
@@ -122,7 +163,7 @@ class PassDirector:
         if frame not in frames:
             return  # enter() raised
         del frames[frames.index(frame) :]
-        if frames:
+        if frames or self._forwards > 0:
             return
         events = self._end_recording()
         if completed and events is not None and len(events) > 0:
@@ -147,6 +188,8 @@ class PassDirector:
         with self._lock:
             if self._tried_to_trace or self._recorded_thread is not None:
                 return
+            if self.trains and torch.is_grad_enabled():
+                return  # a forward alone is no pass of training
             from tensorpager.fake_pass import record_on_fakes
 
             try:

@@ -104,13 +104,14 @@ class SpillArena:
         self._next_address = region.address
         self._end_address = region.address + size_bytes
 
-    def place(self, size_bytes: int) -> int:
-        """The address of a new place, aligned to SPILL_ALIGN_BYTES; zero until written."""
+    def place(self, size_bytes: int, align_bytes: int = SPILL_ALIGN_BYTES) -> int:
+        """The address of a new place, a multiple of align_bytes (at most a page); zero until written."""
         needed = aligned_size(size_bytes)
-        if needed > self._end_address - self._next_address:
+        address = -(-self._next_address // align_bytes) * align_bytes
+        if address + needed > self._end_address:
             self.reserve(max(needed, _REGION_PAGES * self._core.page_bytes))
-        address = self._next_address
-        self._next_address += needed
+            address = self._next_address
+        self._next_address = address + needed
         self.size_bytes += needed
         return address
 

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training a model whose parameters are paged: gradients and optimizer state move into the address space too.
+
+Gradients. As soon as autograd has finished a parameter's gradient it is copied to spill, and `parameter.grad` is a
+PagedTensor from then on: one plain gradient at a time is in RAM. When the last reference to it is gone (zero_grad()),
+its pages are discarded: they need not be written, nor read again.
+
+Optimizers. `step()` runs on some parameters at a time, as many as half of the budget holds with their gradients and
+state, which are resident together while it does. What state it made is moved to spill after each group. The update of a
+parameter must depend on no other parameter's: so the optimizers of torch.optim are taken (but for LBFGS), and any
+subclass that leaves their step() alone; others are refused.
+
+Threads: a model is trained by one thread, in which autograd runs the nodes of the CPU. Nothing here is for a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensorpager.backward import HeldRanges
+from tensorpager.errors import ClosedError, PagedTensorError
+from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, span_of
+from tensorpager.spill import SPILL_ALIGN_BYTES, SpillArena, aligned_size, copy_into, dense_strides, tensor_at
+from tensorpager.windows import Hook, Window
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+    from tensorpager.passes import PassDirector
+
+__all__ = ["Training", "check_optimizers"]
+
+#: Smaller gradients and state stay in RAM: step counts, biases, norms. Of a page, so that little of it is ever lost.
+_MOVED_BYTES_MIN = 16 * 2**10
+
+#: glibc keeps what is freed, and aligned blocks don't fit where such a block was: without this the plain tensors that
+#: were moved stay in the process, 600 MiB of a model with 768 MiB of training state. So often they are given back.
+_TRIM_BYTES = 64 * 2**20
+
+_STEPS_EACH_ALONE = (
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+    torch.optim.SparseAdam,
+)
+
+
+def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """PagedTensorError for an optimizer whose step() can't be taken group by group. Changes nothing."""
+    known = {inspect.unwrap(kind.step) for kind in _STEPS_EACH_ALONE}
+    for optimizer in optimizers:
+        kind = type(optimizer)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            msg = f"page() takes optimizers of torch.optim, not {kind.__name__}; a budget is given as budget="
+            raise TypeError(msg)
+        if issubclass(kind, _PagedStep):
+            msg = f"this {kind.__name__} updates another paged model already; make one for each model"
+            raise PagedTensorError(msg)
+        if inspect.unwrap(kind.step) not in known:
+            msg = (
+                f"{kind.__name__}.step() is not one of torch.optim that updates each parameter by itself, and the "
+                "parameters of a paged model are updated some at a time. Use one of "
+                f"{', '.join(each.__name__ for each in _STEPS_EACH_ALONE)}"
+            )
+            raise PagedTensorError(msg)
+        made_by_scheduler = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+        if "step" in vars(optimizer) and not made_by_scheduler:
+            msg = f"something has replaced step() of this {kind.__name__}; page the model before that"
+            raise PagedTensorError(msg)
+
+
+class Training:
+    """The gradients and the optimizer state of one model. Made before its parameters move; see the head of the file."""
+
+    def __init__(self, core: Core, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._core = core
+        self._arena = SpillArena(core)
+        self._optimizers = list(optimizers)
+        self._slots: dict[int, list[tuple[list[torch.Tensor], int]]] = {}  # in the optimizers' groups, by parameter
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for index, parameter in enumerate(group["params"]):
+                    self._slots.setdefault(id(parameter), []).append((group["params"], index))
+        # Places whose tensor is no more. By name: the same pages in every step, as the schedule knows them.
+        self._free: dict[tuple[str, int], list[int]] = {}
+        self._window = Window(core, -1, "optimizer step")  # what a group of step() holds
+        self._names: dict[int, str] = {}
+        self._untrimmed_bytes = 0  # moved since the last time, and freed by now but for the last
+        self._trim: Callable[[int], int] | None = getattr(
+            ctypes.CDLL(None), "malloc_trim", None
+        )  # not every libc has it
+
+    @property
+    def size_bytes(self) -> int:
+        """What gradients and optimizer state take of the address space."""
+        return self._arena.size_bytes
+
+    def moved(self, original: torch.Tensor, paged: PagedTensor) -> None:
+        """A parameter has moved: its optimizers get the paged one, with the state they had for it."""
+        for parameters, index in self._slots.pop(id(original), []):
+            parameters[index] = paged
+        for optimizer in self._optimizers:
+            if original in optimizer.state:
+                optimizer.state[paged] = optimizer.state.pop(original)
+        backing = paged._tp_backing
+        assert backing is not None
+        backing.windows.append(self._window)
+        self._names[id(paged)] = backing.name
+        if paged.requires_grad:
+            paged.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
+        if paged.grad is not None:
+            self.move_gradient(paged)
+
+    def begin(self, director: PassDirector) -> None:
+        """All parameters have moved: step() of the optimizers goes group by group from now on."""
+        for optimizer in self._optimizers:
+            for parameter in _parameters(optimizer):
+                self._move_state(optimizer, parameter)
+            _make_paged_step(optimizer, self, director)
+
+    # -- gradients
+
+    def move_gradient(self, parameter: torch.Tensor) -> None:
+        """Copy a gradient to spill unless it is there, small, or not dense. Blocks on I/O."""
+        with torch._C.DisableTorchFunctionSubclass():
+            gradient = parameter.grad
+            if not _moves(gradient):
+                return
+            assert gradient is not None
+            paged = self._copy_in(gradient.detach(), f"{self._names.get(id(parameter), 'parameter')}.grad")
+            parameter.grad = paged
+
+    def _copy_in(self, source: torch.Tensor, name: str) -> PagedTensor:
+        """As SpillArena.move_in, in a place that is given back when the tensor is no more."""
+        size_bytes = source.numel() * source.element_size()
+        free = self._free.setdefault((name, aligned_size(size_bytes)), [])
+        # From a page on at the start of one: as few pages as can be are resident with it, or are given back.
+        align_bytes = self._core.page_bytes if size_bytes >= self._core.page_bytes else SPILL_ALIGN_BYTES
+        address = free.pop() if free else self._arena.place(size_bytes, align_bytes)
+        self._untrimmed_bytes += size_bytes
+        if self._untrimmed_bytes > _TRIM_BYTES and self._trim is not None:
+            self._trim(0)
+            self._untrimmed_bytes = 0
+        plain = tensor_at(self._core, address, tuple(source.shape), dense_strides(source), source.dtype)
+        copy_into(self._core, plain, source)
+        backing = Backing(self._core, name)
+        backing.windows.append(self._window)
+        paged = make_paged(plain, backing)
+        weakref.finalize(paged, _give_back, self._core, free, address, aligned_size(size_bytes)).atexit = False
+        return paged
+
+    # -- optimizers
+
+    def step(self, optimizer: torch.optim.Optimizer, run: Callable[[], Any]) -> None:
+        """`run` for a group of the optimizer's parameters at a time."""
+        all_parameters = [group["params"] for group in optimizer.param_groups]
+        try:
+            for part in self._parts(optimizer):
+                for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
+                    group["params"] = [parameter for parameter in parameters if id(parameter) in part]
+                with HeldRanges(self._core, self._window, _spans(optimizer)):
+                    run()
+                for parameter in _parameters(optimizer):
+                    self._move_state(optimizer, parameter)
+        finally:
+            for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
+                group["params"] = parameters
+
+    def _parts(self, optimizer: torch.optim.Optimizer) -> Iterator[set[int]]:
+        """Parameters by id, as many as half of the budget holds together with what belongs to them."""
+        limit_bytes = self._core.pinnable_page_count * self._core.page_bytes // 2
+        part: set[int] = set()
+        part_bytes = 0
+        for parameter in _parameters(optimizer):
+            size_bytes = _step_bytes(optimizer, parameter, self._core.page_bytes)
+            if part and part_bytes + size_bytes > limit_bytes:
+                yield part
+                part, part_bytes = set(), 0
+            part.add(id(parameter))
+            part_bytes += size_bytes
+        yield part
+
+    def _move_state(self, optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+        state = optimizer.state.get(parameter)
+        if not state:
+            return
+        for key, value in state.items():
+            if _moves(value):
+                state[key] = self._copy_in(value, f"{self._names.get(id(parameter), 'parameter')}.{key}")
+
+
+def _moves(value: object) -> bool:
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and isinstance(value, torch.Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.numel() * value.element_size() >= _MOVED_BYTES_MIN
+    )
+
+
+def _give_back(core: Core, free: list[int], address: int, size_bytes: int) -> None:
+    try:
+        core.discard(address, size_bytes)
+    except ClosedError:
+        return
+    free.append(address)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _belonging(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[torch.Tensor]:
+    with torch._C.DisableTorchFunctionSubclass():
+        found = [parameter] if parameter.grad is None else [parameter, parameter.grad]
+    state = optimizer.state.get(parameter) or {}
+    return found + [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def _step_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, page_bytes: int) -> int:
+    """Of the frames that one parameter's update needs; state to be made is taken for twice the parameter."""
+    tensors = [each for each in _belonging(optimizer, parameter) if type(each) is PagedTensor]
+    sizes = [span_of(each)[1] + page_bytes for each in tensors]
+    if parameter not in optimizer.state:
+        sizes += [2 * parameter.numel() * parameter.element_size()]
+    return sum(sizes)
+
+
+def _spans(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
+    tensors = [each for parameter in _parameters(optimizer) for each in _belonging(optimizer, parameter)]
+    return sorted({span_of(each) for each in tensors if type(each) is PagedTensor and each.numel() > 0})
+
+
+class _PagedStep:
+    """Base of the classes that optimizers get; see _make_paged_step."""
+
+
+def _make_paged_step(optimizer: torch.optim.Optimizer, training: Training, director: PassDirector) -> None:
+    """Give the optimizer a subclass of its own class whose step() goes group by group.
+
+    Hooks, profiling and learning rate schedulers see one step, as before. Copies are of the original class.
+    """
+    kind: Any = type(optimizer)
+    plain_step = kind.step.__wrapped__ if getattr(kind.step, "hooked", False) else kind.step
+
+    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        training.step(self, functools.partial(plain_step, self))
+        director.step_done(in_backward=torch._C._current_graph_task_id() != -1)
+        return loss
+
+    def reduce_ex(self: Any, _protocol: object) -> Any:
+        return _make_ordinary, (kind,), self.__getstate__()
+
+    hooked: Any = torch.optim.Optimizer.profile_hook_step(functools.wraps(kind.step)(step))
+    hooked.hooked = True
+    members = {"step": hooked, "__reduce_ex__": reduce_ex, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    scheduled = vars(optimizer).pop("step", None)
+    optimizer.__class__ = type(kind.__name__, (kind, _PagedStep), members)
+    if scheduled is not None:  # a learning rate scheduler watches whether step() is called
+        watched = weakref.ref(optimizer)
+
+        def tracked(*args: Any, **kwargs: Any) -> Any:
+            target: Any = watched()
+            target._opt_called = True
+            return hooked(target, *args, **kwargs)
+
+        tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        optimizer.step = tracked  # type: ignore[method-assign]
+
+
+def _make_ordinary(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    return kind.__new__(kind)
+
+
+class _GradientHook(Hook):
+    """Post-accumulate-grad hook of a parameter."""
+
+    __slots__ = ("_training",)
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        """Move its gradient."""
+        self._training.move_gradient(parameter)

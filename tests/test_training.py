@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with gradients and optimizer state paged: the same bits as unpaged, whatever the loop does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tensorpager as tp
+from standin import standin
+from tensorpager.paged_tensor import PagedTensor
+from torch_models import MIB, Net, make_net, some_ids
+
+__all__ = ["standin"]
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1),
+    "AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+    "AdamW fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+}
+
+
+def make_adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def backward(model: torch.nn.Module, step: int) -> torch.Tensor:
+    loss: torch.Tensor = model(some_ids() + step).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[torch.Tensor]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        losses.append(backward(model, step).detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return losses
+
+
+def assert_same(model: torch.nn.Module, optimizer: Any, twin: torch.nn.Module, twin_optimizer: Any) -> None:
+    for (name, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        state, expected_state = optimizer.state[parameter], twin_optimizer.state[expected]
+        assert state.keys() == expected_state.keys()
+        for key, value in state.items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, expected_state[key]), key
+
+
+# 18 MiB of weights, as much in gradients, and up to twice as much in state: 72 MiB, these are a third and a half.
+@pytest.mark.parametrize("budget", ["24MiB", "36MiB"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_same_bits_as_unpaged(name: str, budget: str) -> None:
+    net, twin = make_net(depth=2)
+    optimizer, twin_optimizer = OPTIMIZERS[name](net.parameters()), OPTIMIZERS[name](twin.parameters())
+    with tp.page(net, optimizer, budget=budget) as pager:
+        losses = train(net, optimizer, range(4))
+        assert all(map(torch.equal, losses, train(twin, twin_optimizer, range(4))))
+        assert_same(net, optimizer, twin, twin_optimizer)
+        stats = pager.stats()
+    assert stats["resident_bytes_max"] <= stats["budget_bytes"]
+    assert stats["page_ins"] > 0
+
+
+@pytest.fixture
+def trained() -> Iterator[tuple[Net, torch.optim.AdamW, Net, torch.optim.AdamW, tp.Pager]]:
+    """A small net paged with its optimizer, and its twin."""
+    net, twin = make_net(depth=2)
+    optimizer, twin_optimizer = make_adamw(net), make_adamw(twin)
+    with tp.page(net, optimizer, budget="40MiB") as pager:
+        yield net, optimizer, twin, twin_optimizer, pager
+
+
+Trained = tuple[Net, torch.optim.AdamW, Net, torch.optim.AdamW, tp.Pager]
+
+
+def test_large_gradients_and_state_are_paged(trained: Trained) -> None:
+    net, optimizer, _, _, pager = trained
+    train(net, optimizer, range(2))
+    large = net.blocks[0].up.weight
+    assert type(large.grad) is PagedTensor
+    assert {key for key, value in optimizer.state[large].items() if type(value) is PagedTensor} == {
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    first = pager.stats()["training_bytes"]
+    assert first >= 3 * sum(p.nbytes for p in net.parameters() if p.nbytes > MIB)
+    train(net, optimizer, range(2, 5))
+    assert pager.stats()["training_bytes"] == first  # the same places, step for step
+
+
+def test_a_gradient_that_is_no_more_is_not_written(trained: Trained) -> None:
+    net, optimizer, _, _, pager = trained
+    train(net, optimizer, range(4))
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for _ in range(3):
+            net(some_ids())
+    before = pager.stats()["writebacks"]
+    for _ in range(4):
+        backward(net, 0)
+        optimizer.zero_grad()
+    gradient_pages = sum(p.nbytes for p in net.parameters()) // (2 * MIB)
+    assert pager.stats()["writebacks"] - before < 2 * gradient_pages  # of 4 times as many that were made
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_accumulated(trained: Trained, set_to_none: bool) -> None:
+    net, optimizer, twin, twin_optimizer, pager = trained
+    for model, its in ((net, optimizer), (twin, twin_optimizer)):
+        for step in range(4):
+            for micro in range(3):
+                backward(model, 3 * step + micro)
+            its.step()
+            its.zero_grad(set_to_none=set_to_none)
+    assert_same(net, optimizer, twin, twin_optimizer)
+    assert pager.stats()["passes"] == 4  # a pass is a whole step
+
+
+def test_a_gradient_that_somebody_keeps_stays(trained: Trained) -> None:
+    net, optimizer, _, _, _ = trained
+    train(net, optimizer, range(1))
+    kept = net.blocks[1].down.weight.grad
+    view = net.blocks[1].up.weight.grad[:, 3:5]
+    before, view_before = kept.clone(), view.clone()
+    train(net, optimizer, range(1, 4))
+    assert torch.equal(kept, before)
+    assert torch.equal(view, view_before)
+    assert not torch.equal(net.blocks[1].down.weight.grad, before)
+
+
+def test_a_planned_step_faults_little(trained: Trained) -> None:
+    net, optimizer, _, _, pager = trained
+    train(net, optimizer, range(4))
+    pager.reset_stats()
+    train(net, optimizer, range(4, 8))
+    stats = pager.stats()
+    assert stats["plan_failure"] is None
+    assert stats["mispredicted_passes"] <= 1  # the first, whose state was still to be made
+    assert stats["faults"] <= 4 * 8
+    assert stats["page_ins"] >= 4 * 20
+
+
+def test_evaluating_between_steps_changes_nothing(trained: Trained) -> None:
+    net, optimizer, twin, twin_optimizer, _ = trained
+    for step in range(4):
+        train(net, optimizer, range(step, step + 1))
+        train(twin, twin_optimizer, range(step, step + 1))
+        with torch.no_grad():
+            assert torch.equal(net(some_ids()), twin(some_ids()))
+
+
+@pytest.mark.parametrize("scheduler_first", [True, False])
+def test_schedulers_hooks_and_closures_see_one_step(scheduler_first: bool) -> None:
+    net, twin = make_net(depth=2)
+    seen: list[str] = []
+    pairs = []
+    for model in (net, twin):
+        optimizer = make_adamw(model)
+        if scheduler_first or model is twin:
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        if model is net:
+            tp.page(model, optimizer, budget="40MiB")
+        if not scheduler_first and model is net:
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        pairs.append((model, optimizer, scheduler))
+    pairs[0][1].register_step_pre_hook(lambda *_: seen.append("before"))
+    pairs[0][1].register_step_post_hook(lambda *_: seen.append("after"))
+    for model, optimizer, scheduler in pairs:
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = optimizer.step(lambda model=model, step=step: backward(model, step))
+            assert loss.shape == ()
+            scheduler.step()
+    assert seen == ["before", "after"] * 3
+    assert_same(*pairs[0][:2], *pairs[1][:2])
+    assert pairs[0][1].param_groups[0]["lr"] == pairs[1][1].param_groups[0]["lr"] == 1e-3 / 8
+
+
+def test_optimizers_inside_of_backward() -> None:
+    net, twin = make_net(depth=2)
+    made = []
+    for model in (net, twin):
+        optimizers = {parameter: torch.optim.AdamW([parameter], lr=1e-3) for parameter in model.parameters()}
+        if model is net:
+            pager = tp.page(net, list(optimizers.values()), budget="32MiB")
+            optimizers = {optimizer.param_groups[0]["params"][0]: optimizer for optimizer in optimizers.values()}
+
+        def update(parameter: torch.Tensor, optimizers: Any = optimizers) -> None:
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(update)
+        made.append(optimizers)
+    for step in range(4):
+        assert torch.equal(backward(net, step), backward(twin, step))
+    for (parameter, optimizer), (expected, twin_optimizer) in zip(made[0].items(), made[1].items(), strict=True):
+        assert torch.equal(parameter, expected)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], twin_optimizer.state[expected]["exp_avg"])
+    stats = pager.stats()
+    pager.close()
+    assert stats["passes"] == 4
+    assert stats["plan_failure"] is None
+
+
+def test_beside_recomputation_and_autocast() -> None:
+    class Recomputing(torch.nn.Module):
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.net.embed(ids)
+            for block in self.net.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return self.net.head(x).float()
+
+    net, twin = (Recomputing(each) for each in make_net(depth=2))
+    optimizer, twin_optimizer = make_adamw(net), make_adamw(twin)
+    with tp.page(net, optimizer, budget="40MiB"), torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, train(net, optimizer, range(3)), train(twin, twin_optimizer, range(3))))
+        assert_same(net, optimizer, twin, twin_optimizer)
+
+
+def test_paged_in_the_middle_of_training_and_restored_later() -> None:
+    net, twin = make_net(depth=2)
+    optimizer, twin_optimizer = make_adamw(net), make_adamw(twin)
+    train(net, optimizer, range(2))
+    backward(net, 2)
+    with tp.page(net, optimizer, budget="40MiB"):
+        optimizer.step()  # with the gradient from before
+        train(net, optimizer, range(3, 5))
+        saved = copy.deepcopy(optimizer.state_dict())
+        weights = copy.deepcopy(net.state_dict())
+        train(net, optimizer, range(5, 7))
+        optimizer.load_state_dict(saved)
+        net.load_state_dict(weights)
+        train(net, optimizer, range(5, 8))
+        train(twin, twin_optimizer, range(2))
+        backward(twin, 2)
+        twin_optimizer.step()
+        train(twin, twin_optimizer, range(3, 8))
+        assert_same(net, optimizer, twin, twin_optimizer)
+
+
+def test_copies_of_the_optimizer_are_ordinary(trained: Trained) -> None:
+    net, optimizer, _, _, _ = trained
+    train(net, optimizer, range(1))
+    assert type(optimizer) is not torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(copied) is torch.optim.AdamW
+        assert type(copied.param_groups[0]["params"][0]) is torch.nn.Parameter
+        copied.step()
+
+
+def test_an_error_in_backward_leaves_nothing_held(trained: Trained) -> None:
+    net, optimizer, twin, twin_optimizer, pager = trained
+
+    def fail(_gradient: torch.Tensor) -> None:
+        msg = "on purpose"
+        raise RuntimeError(msg)
+
+    train(net, optimizer, range(1))
+    hidden = net.blocks[0].register_forward_hook(lambda _module, _args, output: output.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        backward(net, 1)
+    hidden.remove()
+    optimizer.zero_grad()
+    train(net, optimizer, range(1, 3))
+    train(twin, twin_optimizer, range(3))
+    assert_same(net, optimizer, twin, twin_optimizer)
+    assert pager.stats()["pinned_pages"] == 0
+
+
+class _OwnStep(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+def test_what_can_not_be_trained_paged_is_refused() -> None:
+    net, twin = make_net(depth=1)
+    for optimizer in (torch.optim.LBFGS(net.parameters()), _OwnStep(net.parameters())):
+        with pytest.raises(tp.PagedTensorError, match=rf"{type(optimizer).__name__}.step\(\) is not one of"):
+            tp.page(net, optimizer, budget="32MiB")
+    with pytest.raises(TypeError, match="budget="):
+        tp.page(net, "32MiB")  # type: ignore[arg-type]
+    replaced = make_adamw(net)
+    replaced.step = lambda: None  # type: ignore[method-assign,assignment]
+    with pytest.raises(tp.PagedTensorError, match="has replaced step"):
+        tp.page(net, replaced, budget="32MiB")
+    assert all(type(parameter) is torch.nn.Parameter for parameter in net.parameters())
+    optimizer = make_adamw(net)
+    with tp.page(net, optimizer, budget="32MiB"), pytest.raises(tp.PagedTensorError, match="another paged model"):
+        tp.page(twin, optimizer, budget="32MiB")
+
+
+@pytest.mark.usefixtures("standin")
+def test_on_a_device_training_is_refused() -> None:
+    net, _ = make_net(depth=1)
+    with pytest.raises(tp.PagedTensorError, match="only inference"):
+        tp.page(net, make_adamw(net), budget="32MiB", device="cuda:0")
+
+
+_MEMORY_SCRIPT = """
+import ctypes, torch
+import tensorpager as tp
+torch.set_num_threads(1)
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(48)))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+x = torch.randn(16, 1024)
+torch.nn.Linear(1024, 1024)(x).sum().backward()
+state_mib = 4 * sum(p.nbytes for p in model.parameters()) >> 20
+before = kib("VmRSS") - (state_mib << 10) // 4
+with tp.page(model, optimizer, budget="64MiB"):
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    print(state_mib, (kib("VmHWM") - before) >> 10)
+"""
+
+
+def test_memory_is_the_budget_and_little_more(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(_MEMORY_SCRIPT)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    state_mib, peak_mib = map(int, result.stdout.split())
+    assert state_mib == 768
+    assert peak_mib <= 64 + 80  # of 12 times the budget: activations, a gradient, a group's new state, the page table
