@@ -348,4 +348,4 @@ def test_memory_is_the_budget_and_little_more(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
     state_mib, peak_mib = map(int, result.stdout.split())
     assert state_mib == 768
-    assert peak_mib <= 64 + 80  # of 12 times the budget: activations, a gradient, a group's new state, the page table
+    assert peak_mib <= 64 + 96  # of 12 times the budget: activations, a gradient, a group's new state, the page table

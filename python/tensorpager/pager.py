@@ -251,50 +251,57 @@ def page(
     for; TypeError for what is no optimizer;
     IoError, EngineError, DeviceError, MemoryMapError, ValueError.
     """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(_sequence(optimizer))
-    check_optimizers(optimizers)
-    if optimizers and device_number(device) != HOST:
-        msg = "on a device only inference works so far: page the model there without its optimizer, or on the host"
-        raise PagedTensorError(msg)
+    optimizers = _checked_optimizers(optimizer, device)
     groups = collect(model)
     core = make_core(budget, store, engine, page_bytes, device, host_budget)
     try:
-        quantised_bytes = 0
-        if stored_as is not None:
-            quantised_bytes = _place_quantised(groups, QuantisedWeights(core, store, stored_as))
-        arena = SpillArena(core)
-        exact = [group for group in groups if group.address is None]
-        arena.reserve(sum(aligned_size(group.size_bytes) for group in exact))
-        for group in exact:
-            group.address = arena.place(group.size_bytes)
-        spans: dict[int, tuple[int, int]] = {}
-        for group in groups:
-            assert group.address is not None
-            for slot in group.slots:
-                spans[id(slot.parameter)] = (group.address + slot.offset_bytes, slot.size_bytes)
-        windows = _make_windows(model, core, spans)
-        del spans
-        paged_bytes = sum(group.size_bytes for group in groups)
-        tensor_count = 0
-        training = Training(core, optimizers) if optimizers else None
-        while groups:
-            tensor_count += move_group(core, groups.pop(0), _ignore_moved if training is None else training.moved)
+        weights = None if stored_as is None else QuantisedWeights(core, store, stored_as)
+        return _page(model, core, groups, optimizers, weights)
     except BaseException:
         core.close()
         raise
+
+
+def _page(
+    model: torch.nn.Module,
+    core: Core,
+    groups: list[Group],
+    optimizers: list[torch.optim.Optimizer],
+    weights: QuantisedWeights | None,
+) -> Pager:
+    quantised_bytes = 0 if weights is None else _place_quantised(groups, weights)
+    arena = SpillArena(core)
+    exact = [group for group in groups if group.address is None]
+    arena.reserve(sum(aligned_size(group.size_bytes) for group in exact))
+    for group in exact:
+        group.address = arena.place(group.size_bytes)
+    spans: dict[int, tuple[int, int]] = {}
+    for group in groups:
+        assert group.address is not None
+        for slot in group.slots:
+            spans[id(slot.parameter)] = (group.address + slot.offset_bytes, slot.size_bytes)
+    windows = _make_windows(model, core, spans)
+    del spans, exact, group, slot  # or the originals would stay
+    paged_bytes = sum(group.size_bytes for group in groups)
+    tensor_count = 0
+    training = Training(core, optimizers) if optimizers else None
+    while groups:
+        tensor_count += move_group(core, groups.pop(0), _ignore_moved if training is None else training.moved)
     pager = _attach(model, core, windows, paged_bytes, tensor_count, arena.size_bytes, quantised_bytes)
     if training is not None:
         pager._train(training)
     return pager
 
 
-def _sequence(optimizers: object) -> Sequence[torch.optim.Optimizer]:
+def _checked_optimizers(optimizers: object, device: Device) -> list[torch.optim.Optimizer]:
     if optimizers is None:
         return []
-    if isinstance(optimizers, (list, tuple)):
-        return optimizers
-    msg = f"page(model, optimizer) takes an optimizer or a list of some, not {optimizers!r}; a budget is budget=..."
-    raise TypeError(msg)
+    given: list[Any] = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+    check_optimizers(given)
+    if device_number(device) != HOST:
+        msg = "on a device only inference works so far: page the model there without its optimizer, or on the host"
+        raise PagedTensorError(msg)
+    return given
 
 
 def _ignore_moved(_original: torch.nn.Parameter, _paged: PagedTensor) -> None:

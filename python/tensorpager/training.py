@@ -41,7 +41,7 @@ _MOVED_BYTES_MIN = 16 * 2**10
 
 #: glibc keeps what is freed, and aligned blocks don't fit where such a block was: without this the plain tensors that
 #: were moved stay in the process, 600 MiB of a model with 768 MiB of training state. So often they are given back.
-_TRIM_BYTES = 64 * 2**20
+_TRIM_BYTES = 32 * 2**20
 
 _STEPS_EACH_ALONE = (
     torch.optim.Adadelta,
