@@ -38,6 +38,7 @@ inline constexpr std::size_t kFramesMin = 4;
 // A pagefile: its pages may be smaller than what is paged, down to what a drive writes in one piece.
 inline constexpr std::size_t kPagefilePageBytesMin = 4096;
 inline constexpr std::size_t kPagefileDirectoriesMax = 64;
+inline constexpr std::size_t kPagefileGrowthBytesMax = 64 * kGiB;
 inline constexpr std::size_t kPagefileMetadataBytesMax = 64 * kMiB;
 // One read or write of a durable file. Linux itself transfers 2 GiB less a page at most.
 inline constexpr std::size_t kDurableTransferBytesMax = 64 * kMiB;

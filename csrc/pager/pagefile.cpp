@@ -33,6 +33,10 @@ void check_arguments(const std::vector<std::string>& directories, const Pagefile
     throw_invalid(std::to_string(options.weights.size()) + " weights for " + std::to_string(directories.size()) +
                   " directories; give one each, or none");
   }
+  if (options.growth_bytes > kPagefileGrowthBytesMax) {
+    throw_invalid("extent files that grow by " + std::to_string(options.growth_bytes) + " bytes; at most " +
+                  std::to_string(kPagefileGrowthBytesMax) + " are possible");
+  }
   for (const double weight : options.weights) {
     if (!std::isfinite(weight) || weight <= 0) throw_invalid("a weight must be a positive number; it is a bandwidth");
   }

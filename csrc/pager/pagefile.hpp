@@ -8,8 +8,9 @@
 // directory); only then are the extents of the commit before free. Pages that did not change are not written again.
 //
 // Writing through another queue: take_extent(), write page_bytes there, then written(), in any order with a commit: a
-// page counts with the commit when written() came before. The queue must have reported that the write is done. Or
-// write(), which does all of it.
+// page counts with the commit when written() came before. The queue must have reported that the write is done, and no
+// read of the page's former extent may be in flight, since that extent may be taken at once. Or write(), which does all
+// of it.
 //
 // Failures. Error(io), naming file, page and offset; EBADMSG where bytes are not those that were written. A full disk
 // changes nothing: pages stay readable, and a later write or commit may succeed. When a sync or the rename of the root
@@ -44,7 +45,7 @@ namespace tp {
 struct PagefileOptions {
   // How the directories share the pages, one number each: their measured bandwidth. Empty: equally.
   std::vector<double> weights;
-  std::uint64_t growth_bytes = 64 * kMiB;  // an extent file grows by this, or by a page
+  std::uint64_t growth_bytes = 64 * kMiB;  // an extent file grows by this, or by a page when that is more
 };
 
 struct DamagedPage {
@@ -81,7 +82,8 @@ class Pagefile {
   void write(PageId page, std::span<const std::byte> bytes);
   void read(PageId page, std::span<std::byte> bytes) const;  // as it is now, committed or not
   void commit(std::span<const std::byte> metadata);
-  std::vector<DamagedPage> verify() const;  // reads every page of the last commit
+  // Reads every page of the last commit, through the page cache: what was written lately may come from memory.
+  std::vector<DamagedPage> verify() const;
 
  private:
   Pagefile(FileSystem& file_system, const std::vector<std::string>& directories, DurableFile lock,

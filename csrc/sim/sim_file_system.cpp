@@ -59,12 +59,17 @@ void SimFileSystem::halt_at(std::uint64_t call, SimEffect effect) {
   halt_effect_ = effect;
 }
 
+void SimFileSystem::halt_at_next(SimCall call) {
+  halt_at_next_ = call;
+  halt_effect_ = SimEffect::none;
+}
+
 // What is to become of this call.
 SimFileSystem::Outcome SimFileSystem::begin(SimCall call) {
   ++calls_;
   ++calls_by_kind_[static_cast<std::size_t>(call)];
   if (halted_) return {EIO, false, false};
-  if (halt_at_ != 0 && calls_ >= halt_at_) {
+  if ((halt_at_ != 0 && calls_ >= halt_at_) || halt_at_next_ == call) {
     halted_ = true;
     return {EIO, halt_effect_ == SimEffect::happens, false};
   }
@@ -246,6 +251,7 @@ void SimFileSystem::end_process() {
   handles_.clear();
   halted_ = false;
   halt_at_ = 0;
+  halt_at_next_.reset();
   failure_.reset();
 }
 

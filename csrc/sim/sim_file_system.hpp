@@ -63,6 +63,7 @@ class SimFileSystem final : public FileSystem {
   void fail(const SimCallFailure& failure);
   bool fired() const noexcept { return fired_; }       // since fail()
   void halt_at(std::uint64_t call, SimEffect effect);  // of calls()
+  void halt_at_next(SimCall call);                     // the call itself does not happen
   bool halted() const noexcept { return halted_; }
   void crash(std::uint64_t seed);
   void end_process();
@@ -136,6 +137,7 @@ class SimFileSystem final : public FileSystem {
   std::uint64_t matching_ = 0;
   bool fired_ = false;
   std::uint64_t halt_at_ = 0;  // 0: never
+  std::optional<SimCall> halt_at_next_;
   SimEffect halt_effect_ = SimEffect::none;
   bool halted_ = false;
 };

@@ -215,6 +215,8 @@ TEST(PagefileTest, arguments_out_of_range_are_refused) {
   for (const double weight : {0.0, -1.0, std::numeric_limits<double>::infinity(), std::nan("")}) {
     EXPECT_EQ(create({"/a"}, kTestPageBytes, {weight}), ErrorKind::invalid) << weight;
   }
+  EXPECT_EQ(error_of([&] { Pagefile::create({"/a"}, kTestPageBytes, small_growth(~0ull), sim); }).kind(),
+            ErrorKind::invalid);
   Pagefile store = committed_store(sim, 1);
   EXPECT_EQ(error_of([&] { store.grow(0xffffffffu); }).kind(), ErrorKind::invalid);
   const std::vector<std::byte> metadata(kPagefileMetadataBytesMax + 1);
@@ -298,6 +300,36 @@ TEST(PagefileTest, a_failed_sync_stops_the_store_and_is_never_tried_again) {
     sim.crash(nth);
     EXPECT_TRUE(test::holds(Pagefile::open({"/a"}, {}, sim), {{1, 2}, "first"}));
   }
+}
+
+// The rename may have happened; what was written for it must not be overwritten, nor what was written before.
+TEST(PagefileTest, a_root_that_may_be_in_place_or_not_stops_the_store) {
+  for (const SimCall call : {SimCall::rename, SimCall::sync_directory}) {
+    for (const SimEffect effect : {SimEffect::none, SimEffect::happens}) {
+      SimFileSystem sim;
+      Pagefile store = committed_store(sim, 2);
+      write_salt(store, 0, 10);
+      sim.fail({.call = call, .effect = effect});
+      const std::string first = error_of([&] { store.commit(metadata_of("second")); }).what();
+      EXPECT_TRUE(has(first, "commit 1, or 2, is whole on the drive")) << first;
+      EXPECT_EQ(error_of([&] { write_salt(store, 0, 20); }).what(), first);
+      EXPECT_EQ(error_of([&] { store.commit({}); }).what(), first);
+      sim.crash(1);
+      const Pagefile opened = Pagefile::open({"/a"}, {}, sim);
+      EXPECT_TRUE(test::holds(opened, {{1, 2}, "first"}) || test::holds(opened, {{10, 2}, "second"}));
+    }
+  }
+}
+
+TEST(PagefileTest, every_write_of_a_page_has_a_generation_of_its_own) {
+  SimFileSystem sim;
+  Pagefile store = committed_store(sim, 1);
+  EXPECT_EQ(store.record(PageId{0}).generation, 1u);
+  write_salt(store, 0, 10);
+  EXPECT_EQ(store.record(PageId{0}).generation, 2u);
+  store.discard(PageId{0});
+  write_salt(store, 0, 11);
+  EXPECT_EQ(store.record(PageId{0}).generation, 3u);
 }
 
 TEST(PagefileTest, extents_are_reused_by_a_store_opened_anew) {
