@@ -356,8 +356,17 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           py::arg("address"), py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
           "Forget what the whole pages of a range in spill regions hold, dirty or spilled: they need not be written, "
           "nor "
-          "read. Until they are written to under acquire or hold they show zeros, or what they held. Pages in use, of "
-          "files and on a device stay as they are. Returns how many were discarded. ValueError.")
+          "read. Until they are acquired, held, or wanted() again they show zeros or what they held, and what is "
+          "written "
+          "to them may be lost. Pages in use, of files and on a device stay as they are. Returns how many were "
+          "discarded. ValueError.")
+      .def(
+          "wanted",
+          [](Pager& self, std::uintptr_t address, std::uint64_t size_bytes) {
+            self.wanted({reinterpret_cast<const std::byte*>(address), size_bytes});
+          },
+          py::arg("address"), py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
+          "End a discard() without bringing anything in: from now on what is written to the range is kept. ValueError.")
       .def(
           "synchronize",
           [](Pager& self, std::uintptr_t stream) {

@@ -449,6 +449,11 @@ std::size_t Pager::discard(AddressRange range) {
   return residency_->discard(pages);
 }
 
+void Pager::wanted(AddressRange range) {
+  throw_if_unusable();
+  residency_->wanted(pages_of({range}));
+}
+
 std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
   refuse_capture(stream);

@@ -174,6 +174,16 @@ std::size_t Residency::discard(std::span<const PageId> pages) {
   return discarded;
 }
 
+void Residency::wanted(std::span<const PageId> pages) {
+  const std::lock_guard lock(mutex);
+  throw_if_closing();
+  for (const PageId page : pages) {
+    PageEntry& entry = table.at(page);
+    dead_pages -= entry.dead;
+    entry.dead = false;
+  }
+}
+
 void Residency::forget_content(PageEntry& entry) {
   if (entry.backing == Backing::spill) discarded_extents.push_back(entry.offset_bytes);
   if (entry.dead) --dead_pages;

@@ -114,9 +114,11 @@ class Residency {
   void end_ticket(SetId id, Waiter& waiter, std::uint64_t release_point) noexcept;
   bool try_fit(std::size_t page_count) const;  // could so many pages be pinned now?
   // Nobody wants what these pages hold: what is dirty need not be written, and what was spilled need not be read. Until
-  // they are written to under an acquire they show zeros, or what they held. Returns how many; pages in use or on their
-  // way, those of files, and all on a device stay as they are.
+  // they are acquired, or wanted() again, they show zeros or what they held, and what is written to them may be lost.
+  // Returns how many; pages in use or on their way, those of files, and all on a device stay as they are.
   std::size_t discard(std::span<const PageId> pages);
+  // Ends that, without bringing anything in: from now on what is written to the pages is kept.
+  void wanted(std::span<const PageId> pages);
   // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
   bool touch(PageId page, bool write, const char** reason) noexcept;
   void begin_pass();

@@ -191,7 +191,7 @@ class Pager:
         self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
     ) -> int:
         """
-        Forget what the whole pages of a range in spill regions hold, dirty or spilled: they need not be written, nor read. Until they are written to under acquire or hold they show zeros, or what they held. Pages in use, of files and on a device stay as they are. Returns how many were discarded. ValueError.
+        Forget what the whole pages of a range in spill regions hold, dirty or spilled: they need not be written, nor read. Until they are acquired, held, or wanted() again they show zeros or what they held, and what is written to them may be lost. Pages in use, of files and on a device stay as they are. Returns how many were discarded. ValueError.
         """
     def events(self) -> numpy.ndarray:
         """
@@ -284,6 +284,12 @@ class Pager:
     ) -> typing_extensions.CapsuleType:
         """
         DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses reserved.
+        """
+    def wanted(
+        self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        End a discard() without bringing anything in: from now on what is written to the range is kept. ValueError.
         """
     @property
     def budget_bytes(self) -> int: ...

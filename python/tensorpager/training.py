@@ -157,11 +157,14 @@ class Training:
             self._trim(0)
             self._untrimmed_bytes = 0
         plain = tensor_at(self._core, address, tuple(source.shape), dense_strides(source), source.dtype)
+        self._core.wanted(address, size_bytes)  # a copy that can't be held is made page by page, as they are touched
         copy_into(self._core, plain, source)
         backing = Backing(self._core, name)
         backing.windows.append(self._window)
         paged = make_paged(plain, backing)
-        weakref.finalize(paged, _give_back, self._core, free, address, aligned_size(size_bytes)).atexit = False
+        # The storage's object lives as long as any tensor over it does, detached ones too.
+        storage = plain.untyped_storage()
+        weakref.finalize(storage, _give_back, self._core, free, address, aligned_size(size_bytes)).atexit = False
         return paged
 
     # -- optimizers
