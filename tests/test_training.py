@@ -225,18 +225,69 @@ def test_optimizers_inside_of_backward() -> None:
     assert stats["plan_failure"] is None
 
 
+class Recomputing(torch.nn.Module):
+    """A net whose blocks are run again in backward."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.net.embed(ids)
+        for block in self.net.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.net.head(x).float()
+
+
+class _Blocks(torch.nn.Module):
+    """Pairs of layers: in backward the first is run again while the second is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = (torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 1024)) for _ in range(2))
+        self.blocks = torch.nn.ModuleList(pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_the_smallest_budget_trains_too() -> None:
+    torch.manual_seed(0)
+    net = _Blocks()
+    twin = copy.deepcopy(net)
+    optimizer, twin_optimizer = make_adamw(net), make_adamw(twin)
+    with pytest.raises(tp.BudgetError, match="at least 16 MiB are needed"):
+        tp.page(net, optimizer, budget="15MiB")
+    # Of which a step may hold four pages; one of these layers has three.
+    with tp.page(net, optimizer, budget="16MiB"):
+        for step in range(2):
+            for model, its in ((net, optimizer), (twin, twin_optimizer)):
+                its.zero_grad()
+                model(torch.full((3, 1024), step + 1.0)).square().mean().backward()
+                its.step()
+        assert_same(net, optimizer, twin, twin_optimizer)
+
+
+def test_groups_with_options_of_their_own() -> None:
+    made = []
+    for model in make_net(depth=2):
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "lr": 1e-2, "weight_decay": 0.0}]
+        made.append((model, torch.optim.AdamW(groups, lr=1e-3)))
+    (net, optimizer), (twin, twin_optimizer) = made
+    with tp.page(net, optimizer, budget="36MiB"):
+        train(net, optimizer, range(3))
+        train(twin, twin_optimizer, range(3))
+        assert_same(net, optimizer, twin, twin_optimizer)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [
+            len(group["params"]) for group in twin_optimizer.param_groups
+        ]
+
+
 def test_beside_recomputation_and_autocast() -> None:
-    class Recomputing(torch.nn.Module):
-        def __init__(self, net: Net) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.net.embed(ids)
-            for block in self.net.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-            return self.net.head(x).float()
-
     net, twin = (Recomputing(each) for each in make_net(depth=2))
     optimizer, twin_optimizer = make_adamw(net), make_adamw(twin)
     with tp.page(net, optimizer, budget="40MiB"), torch.autocast("cpu", torch.bfloat16):

@@ -18,7 +18,7 @@ import torch
 
 from tensorpager.errors import BudgetError
 from tensorpager.paged_tensor import PagedTensor, span_of
-from tensorpager.windows import Hook, Window
+from tensorpager.windows import Hook, Window, droppers
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -33,7 +33,7 @@ class HeldRanges:
         self._core = core
         self._window = window
         self._spans = spans
-        self._acquired: list[int] = []
+        self.acquired: list[int] = []
 
     def __enter__(self) -> None:
         if not self._spans:
@@ -45,11 +45,11 @@ class HeldRanges:
             self._core.acquire(set_id)
         except BudgetError:  # beside what other threads hold
             return
-        self._acquired.append(set_id)
+        self.acquired.append(set_id)
         self._window.open.append(self)  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
-        for set_id in self._acquired:
+        for set_id in self.acquired:
             self._window.open.remove(self)  # type: ignore[arg-type]
             self._core.release(set_id)
 
@@ -78,12 +78,19 @@ class _Backward(threading.local):
         self.window = None
         self._release()
 
+    def drop(self) -> bool:
+        """Let go of the module that backward is in: one that is run again needs the room. What is used traps."""
+        holds = any(held.acquired for held in self.held)
+        self._release()
+        return holds
+
     def _release(self) -> None:
         while self.held:
             self.held.pop().__exit__()
 
 
 _backward = _Backward()
+droppers.append(_backward.drop)
 
 
 def end_abandoned_backward() -> None:

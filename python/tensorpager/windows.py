@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensorpager.device import HOST, refuse_backward, stream_getter
+from tensorpager.errors import BudgetError
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -49,6 +50,7 @@ __all__ = [
     "Window",
     "calling_frame",
     "drop_abandoned_calls",
+    "droppers",
     "inert_hook",
     "is_on_stack",
 ]
@@ -130,6 +132,16 @@ class _OpenCalls(threading.local):
 _open = _OpenCalls()
 
 
+#: Called with nothing when a module's pages don't fit beside what its thread holds: let go of what only speed depends
+#: on, and say whether there was some. See backward.py.
+droppers: list[Callable[[], bool]] = []
+
+
+def let_go_of_extras() -> bool:
+    """Whether something was held that nobody has to hold, and is not any more."""
+    return any(drop() for drop in droppers)
+
+
 def inert_hook(*_: object) -> None:
     """What hooks become in a copy of a paged model: nothing."""
 
@@ -175,7 +187,12 @@ class EnterHook(Hook):
             frame = frame.f_back
         call = Call(self.window, frame)
         calls.append(call)
-        call.acquire()
+        try:
+            call.acquire()
+        except BudgetError:
+            if not let_go_of_extras():
+                raise
+            call.acquire()
 
 
 class EnterUnguardedHook(Hook):
