@@ -143,6 +143,16 @@ File File::open_checkpoint(const std::string& path, DirectPolicy policy) {
   return file;
 }
 
+File File::open_stored(const std::string& path, DirectPolicy policy) {
+  File file;
+  file.path_ = path;
+  file.descriptor_ = open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NOCTTY);
+  if (file.descriptor_ < 0) throw_io("could not open", path, errno, open_advice(errno));
+  file.size_bytes_ = regular_size(file.descriptor_, path);
+  file.apply(policy);
+  return file;
+}
+
 File File::open_spill(const std::string& directory, DirectPolicy policy) {
   File file;
   file.path_ = directory + " (spill)";

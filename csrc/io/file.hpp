@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A file the pager reads from (a checkpoint, opened read-only) or spills to (unlinked at birth).
+// A file the pager reads from (a checkpoint, opened read-only), spills to (unlinked at birth), or stores pages in.
 //
 // open_checkpoint: O_RDONLY|O_CLOEXEC, refuses what is not a regular file; direct when the file system takes O_DIRECT
 // (DirectPolicy), the alignment asked of the file with STATX_DIOALIGN. open_spill: O_TMPFILE, else O_CREAT|O_EXCL|
-// O_NOFOLLOW and unlinked at once; mode 0600. preallocate() makes room now, so that a full disk is met here.
+// O_NOFOLLOW and unlinked at once; mode 0600. open_stored: O_RDWR|O_NOFOLLOW. preallocate() makes room now, so that a full disk is met here.
 // Files that lie in memory (tmpfs) are never direct: their bytes would only be copied within RAM. Blocking; one thread.
 // Errors: Error(io) with path, call and errno. Move-only; closes its descriptor.
 #pragma once
@@ -20,6 +20,7 @@ enum class DirectPolicy { required, optional, disabled };
 class File {
  public:
   static File open_checkpoint(const std::string& path, DirectPolicy policy);
+  static File open_stored(const std::string& path, DirectPolicy policy);  // an extent file, for reading and writing
   static File open_spill(const std::string& directory, DirectPolicy policy);
 
   File(File&& other) noexcept;

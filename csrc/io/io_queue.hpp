@@ -90,6 +90,24 @@ struct IoQueueCounters {
   std::uint64_t short_transfers = 0;  // raw results that left a remainder
   std::uint64_t retries = 0;          // EINTR, EAGAIN
   std::uint64_t system_calls = 0;     // made by the owner thread and the engine's own threads
+
+  IoQueueCounters& operator+=(const IoQueueCounters& other) noexcept {
+    return combine(other, [](std::uint64_t mine, std::uint64_t others) { return mine + others; });
+  }
+  IoQueueCounters& operator-=(const IoQueueCounters& other) noexcept {
+    return combine(other, [](std::uint64_t mine, std::uint64_t others) { return mine - others; });
+  }
+
+ private:
+  template <typename Operation>
+  IoQueueCounters& combine(const IoQueueCounters& other, Operation operation) noexcept {
+    for (std::uint64_t IoQueueCounters::*counter :
+         {&IoQueueCounters::requests, &IoQueueCounters::completions, &IoQueueCounters::bytes_read,
+          &IoQueueCounters::bytes_written, &IoQueueCounters::short_transfers, &IoQueueCounters::retries,
+          &IoQueueCounters::system_calls})
+      this->*counter = operation(this->*counter, other.*counter);
+    return *this;
+  }
 };
 
 class IoQueue {

@@ -41,6 +41,7 @@ class AddressSpace {
 
   // A resident page may be written to from now on.
   virtual void allow_write(PageId page) = 0;
+  virtual void forbid_write(PageId page) = 0;  // until allow_write: the next write traps
 
  protected:
   struct Region {

@@ -37,6 +37,7 @@ class DeviceAddressSpace final : public AddressSpace {
   void discard() noexcept;
   // Pages are always writable for the device; who writes to one says so (Pager::mark_written).
   void allow_write(PageId) override {}
+  void forbid_write(PageId) override {}
 
   std::uint64_t driver_calls() const noexcept { return driver_calls_.load(std::memory_order_relaxed); }
 

@@ -76,6 +76,10 @@ void HostAddressSpace::unmap(FramePool& pool, FrameId frame, PageId page, SlotAc
   pool.set_access(frame, slot_access);
 }
 
+void HostAddressSpace::forbid_write(PageId page) {
+  if (mprotect(address(page), page_bytes(), PROT_READ) != 0) throw_mapping_error("mprotect", page, errno);
+}
+
 void HostAddressSpace::allow_write(PageId page) {
   if (mprotect(address(page), page_bytes(), PROT_READ | PROT_WRITE) != 0) throw_mapping_error("mprotect", page, errno);
 }

@@ -8,7 +8,7 @@
 // slot, and the address becomes readable after.
 //
 // Threads: beside AddressSpace's: map/unmap/allow_write by the executor thread (allow_write also by a faulting thread,
-// under the pager's lock, for a page that is resident). Blocking: system calls only. Errors: Error(memory). After
+// and both it and forbid_write by one that flushes, under the pager's lock, for a page that is resident). Blocking: system calls only. Errors: Error(memory). After
 // discard() no page is resident and no frame may be mapped any more.
 #pragma once
 
@@ -27,6 +27,7 @@ class HostAddressSpace final : public AddressSpace {
   // Back to its slot, where it will have the given access. The page is absent from the first instant.
   void unmap(FramePool& pool, FrameId frame, PageId page, SlotAccess slot_access);
   void allow_write(PageId page) override;
+  void forbid_write(PageId page) override;
   // Frees the memory of everything that is still mapped here; every page is absent.
   void discard() noexcept;
 

@@ -12,8 +12,9 @@ bool HostMover::evictable(PageId page) const {
 }
 
 void HostMover::begin_round() {
-  for (const std::uint64_t extent : residency_.discarded_extents) spill_.put_extent(extent);
-  residency_.discarded_extents.clear();
+  residency_.hand_back_discarded(*store_);
+  if (residency_.store_may_have_room) spill_error_.reset();
+  residency_.store_may_have_room = false;
 }
 
 Start HostMover::start(PageId page, Purpose purpose, PageId planned_victim, std::int64_t used_after) {
@@ -46,7 +47,7 @@ std::optional<FrameId> HostMover::free_a_frame(PageId planned_victim, std::int64
     if (writebacks_in_flight_ < kWritebacksInFlightMax) begin_writeback(victim);
     return std::nullopt;
   }
-  if (entry.dead) residency_.forget_content(entry);
+  if (entry.dead) residency_.forget_content(victim);
   // Clean: the bytes are on the drive. Its address keeps showing them, read-only, until carry_out unmaps it.
   const FrameId frame = entry.frame;
   entry.frame = FrameId{};

@@ -12,14 +12,13 @@
 
 #include "base/check.hpp"
 #include "base/limits.hpp"
+#include "pager/spill.hpp"
 
 namespace tp {
 
 PageMover::PageMover(Residency& residency, FramePool& host_pool, MoverOptions options)
-    : residency_(residency),
-      host_pool_(host_pool),
-      options_(std::move(options)),
-      spill_(options_.spill_directory, host_pool.page_bytes()) {
+    : residency_(residency), host_pool_(host_pool), options_(std::move(options)), store_(options_.store) {
+  TP_CHECK(store_ != nullptr);
   prefetch_transfers_max_ = std::max<std::size_t>(1, options_.inflight_bytes / host_pool.page_bytes());
 }
 
@@ -40,7 +39,7 @@ PageSource PageMover::source_of(const PageEntry& entry) const {
   if (entry.backing == Backing::checkpoint || entry.backing == Backing::quantised)
     source.file = &files_[entry.file].file;
   if (entry.backing == Backing::quantised) source.quantised = &*files_[entry.file].layout;
-  if (entry.backing == Backing::spill) source.file = &spill_.file();
+  if (entry.backing == Backing::spill) source.file = &store_->file(entry.file);
   if (entry.backing == Backing::spill) source.valid_bytes = static_cast<std::uint32_t>(host_pool_.page_bytes());
   if (entry.backing == Backing::zero) source.valid_bytes = 0;
   return source;
@@ -49,32 +48,42 @@ PageSource PageMover::source_of(const PageEntry& entry) const {
 bool PageMover::write_back(PageId page, FrameId host_frame) {
   std::unique_lock lock(residency_.mutex);
   const PageEntry& entry = residency_.table.at(page);
-  const bool has_extent = entry.backing == Backing::spill;
-  std::uint64_t extent = entry.offset_bytes;
-  const std::uint32_t generation = entry.generation + 1;
+  const Extent current = entry.stored_at();
+  PageRecord record{{}, entry.generation + 1, 0};
   lock.unlock();
-  if (!has_extent) {
-    try {
-      extent = spill_.take_extent();
-    } catch (const Error& error) {
-      writeback_failed(page, host_frame, error);
-      return false;
-    }
-    spill_bytes_ = spill_.allocated_bytes();
+  try {
+    record.extent = store_->take_extent(current);
+  } catch (const Error& error) {
+    writeback_failed(page, host_frame, error);
+    return false;
   }
-  const std::uint64_t checksum = page_checksum(host_pool_.slot(host_frame), host_pool_.page_bytes(), page, generation);
+  spill_bytes_ = store_->allocated_bytes();
+  record.checksum = page_checksum(host_pool_.slot(host_frame), host_pool_.page_bytes(), page, record.generation);
+  writes_.emplace_back(page, record);
   lock.lock();
-  PageEntry& written = residency_.table.at(page);
-  written.backing = Backing::spill;
-  written.offset_bytes = extent;
-  written.lead_bytes = 0;
-  written.generation = generation;
-  written.checksum = checksum;
-  if (written.state != PageState::writing) residency_.table.set_state(page, PageState::writing);
+  if (residency_.table.at(page).state != PageState::writing) residency_.table.set_state(page, PageState::writing);
   ++residency_.counts.writebacks;
   lock.unlock();
-  transfers_->start_writeback(page, host_frame, spill_.file(), extent);
+  transfers_->start_writeback(page, host_frame, store_->file(record.extent.stripe), record.extent.offset_bytes);
   return true;
+}
+
+void PageMover::end_write(const FinishedTransfer& transfer) {
+  const auto found =
+      std::find_if(writes_.begin(), writes_.end(), [&](const auto& write) { return write.first == transfer.page; });
+  TP_CHECK(found != writes_.end());
+  const PageRecord record = found->second;
+  writes_.erase(found);
+  if (!transfer.error) {
+    store_->written(transfer.page, record);
+    const std::lock_guard lock(residency_.mutex);
+    residency_.table.at(transfer.page).set_stored(record);
+    return;
+  }
+  std::unique_lock lock(residency_.mutex);
+  const Extent current = residency_.table.at(transfer.page).stored_at();
+  lock.unlock();
+  if (record.extent != current) store_->put_extent(record.extent);
 }
 
 void PageMover::read_backing(const PageEntry& entry, PageId page, std::byte* destination) const {
@@ -130,6 +139,7 @@ void PageMover::poll_transfers(std::chrono::nanoseconds timeout) {
   std::exception_ptr failure;
   for (FinishedTransfer& transfer : finished_) {
     try {
+      if (transfer.kind == TransferKind::writeback) end_write(transfer);
       finish(transfer);
     } catch (const Error&) {
       if (!failure) failure = std::current_exception();  // the others are finished all the same

@@ -28,7 +28,7 @@
 #include "io/io_queue.hpp"
 #include "mem/frame_pool.hpp"
 #include "pager/residency.hpp"
-#include "pager/spill.hpp"
+#include "pager/page_store.hpp"
 #include "pager/transfer.hpp"
 
 namespace tp {
@@ -37,7 +37,7 @@ struct MoverOptions {
   std::function<std::unique_ptr<IoQueue>()> make_queue;  // called on the executor thread, which is the queue's owner
   std::function<std::unique_ptr<IoQueue>()> make_direct_queue;  // likewise; none: every page goes through the host tier
   std::uint64_t inflight_bytes = 0;                             // of prefetch
-  std::string spill_directory;
+  std::shared_ptr<PageStore> store;
 };
 
 enum class Purpose : std::uint8_t { demand, prefetch };
@@ -104,8 +104,10 @@ class PageMover {
   bool write_back(PageId page, FrameId host_frame);
   virtual void writeback_failed(PageId page, FrameId frame, const Error& error) = 0;
   virtual void finish(FinishedTransfer& transfer) = 0;
-  // With no lock held: waits for I/O and hands every finished transfer to finish().
+  // With no lock held: waits for I/O and hands every finished transfer to finish(), once the store knows of it.
   void poll_transfers(std::chrono::nanoseconds timeout);
+
+  void end_write(const FinishedTransfer& transfer);
 
   Residency& residency_;
   FramePool& host_pool_;
@@ -115,7 +117,8 @@ class PageMover {
     std::optional<QuantisedLayout> layout;
   };
   std::deque<BackingFile> files_;  // stable addresses
-  Spill spill_;
+  std::shared_ptr<PageStore> store_;
+  std::vector<std::pair<PageId, PageRecord>> writes_;  // in flight: what the page will be
   std::optional<Error> spill_error_;
   std::unique_ptr<TransferQueue> transfers_;
   std::vector<FinishedTransfer> finished_;

@@ -2,6 +2,7 @@
 #include "pager/page_table.hpp"
 
 #include "base/check.hpp"
+#include "base/limits.hpp"
 
 namespace tp {
 namespace {
@@ -46,6 +47,16 @@ const char* page_state_name(PageState state) noexcept {
 
 bool page_transition_allowed(PageState from, PageState to) noexcept {
   return kAllowed[static_cast<std::size_t>(from)][static_cast<std::size_t>(to)];
+}
+
+void PageEntry::set_stored(const PageRecord& record) noexcept {
+  TP_DCHECK(record.extent.valid() && record.extent.stripe < kPagefileDirectoriesMax);
+  backing = Backing::spill;
+  file = static_cast<std::uint16_t>(record.extent.stripe);
+  offset_bytes = record.extent.offset_bytes;
+  lead_bytes = 0;
+  generation = record.generation;
+  checksum = record.checksum;
 }
 
 void PageTable::append(const PageEntry& entry) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/ids.hpp"
+#include "pager/pagefile_root.hpp"
 
 namespace tp {
 
@@ -37,7 +38,7 @@ bool page_transition_allowed(PageState from, PageState to) noexcept;
 enum class Backing : std::uint8_t {
   zero,        // never written: reads as zeros, no I/O
   checkpoint,  // the user's file, read-only
-  spill,       // our own file; checksum and generation below
+  spill,       // the page store; checksum and generation below
   quantised,   // our own file, in the form of quantised_page.hpp
 };
 
@@ -46,7 +47,7 @@ struct PageEntry {
   Backing backing = Backing::zero;
   bool dirty = false;
   bool dead = false;               // dirty, and nobody wants what it holds: Residency::discard
-  std::uint16_t file = 0;          // index into the transfer's files, for Backing::checkpoint and Backing::quantised
+  std::uint16_t file = 0;          // which of the mover's files; which stripe of the page store, for Backing::spill
   std::uint32_t pins = 0;          // acquires not yet released
   std::uint32_t waiters = 0;       // threads that wait for this page
   FrameId frame;                   // one tier: valid from reading to writing; two: from copying_in to copying_out
@@ -55,12 +56,16 @@ struct PageEntry {
   std::uint32_t valid_bytes = 0;   // bytes that the backing has; the last page of a file is short
   std::uint32_t generation = 0;    // counts the writebacks, so that a stale page is told from the current one
   std::uint32_t lead_bytes = 0;    // bytes of the page before the backing's first; of a region's first page only
-  std::uint64_t offset_bytes = 0;  // in the checkpoint or in the spill
-  std::uint64_t checksum = 0;      // XXH3 of the spilled bytes, mixed with page and generation; kept in RAM only
+  std::uint64_t offset_bytes = 0;  // in that file
+  std::uint64_t checksum = 0;      // XXH3 of the stored bytes, mixed with page and generation
   std::uint64_t last_use = 0;      // tick of the last release, for least recently used when there is no schedule
   // Of a device, points of its timelines (event_timeline.hpp): no frame is taken before both are reached.
   std::uint64_t copy_point = 0;     // the last copy to or from the page
   std::uint64_t release_point = 0;  // the last release
+
+  // Where the page is in the page store; not valid when it is not there.
+  Extent stored_at() const noexcept { return backing == Backing::spill ? Extent{file, offset_bytes} : Extent{}; }
+  void set_stored(const PageRecord& record) noexcept;  // it is there
 };
 
 class PageTable {

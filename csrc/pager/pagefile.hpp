@@ -68,6 +68,7 @@ class Pagefile {
   std::uint32_t page_count() const noexcept { return static_cast<std::uint32_t>(pages_.size()); }
   std::uint64_t commit_number() const noexcept { return committed_.commit_number; }  // of the last commit; 0: created
   std::span<const std::byte> metadata() const noexcept { return committed_.metadata; }
+  bool stopped() const noexcept { return stopped_.has_value(); }  // a sync failed: it takes no more writes
   const StoreId& store_id() const noexcept { return committed_.store; }
   const PageRecord& record(PageId page) const;
   const ExtentFile& extent_file(std::uint32_t stripe) const;  // its descriptor, its path, how full it is

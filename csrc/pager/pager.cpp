@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
+#include <exception>
 #include <limits>
 #include <string>
 
@@ -17,12 +17,14 @@
 #include "pager/device_mover.hpp"
 #include "pager/fault_handler.hpp"
 #include "pager/host_mover.hpp"
+#include "pager/page_flush.hpp"
+#include "pager/page_size.hpp"
+#include "pager/spill.hpp"
 
 namespace tp {
 namespace {
 
 constexpr std::size_t kDemandTransfers = 4;  // beside the prefetches in flight
-constexpr unsigned long kMapCountFallback = 65530;
 constexpr std::size_t kDevicePageBytesMax = 32 * kMiB;
 constexpr std::size_t kHostFramesWanted = 16;  // nor the host's budget fewer than so many
 // Of releases: a call to the driver for each is enough, and no list of events grows without end.
@@ -31,33 +33,12 @@ constexpr std::size_t kDeviceFramesWanted = 64;  // a page is no larger than lea
 // What a direct read of a page takes in beyond its two ends.
 constexpr std::size_t kHostSlackBytes = kDirectAlignFallbackBytes;
 
-unsigned long mapping_count_max() {
-  std::FILE* file = std::fopen("/proc/sys/vm/max_map_count", "re");
-  if (file == nullptr) return kMapCountFallback;
-  unsigned long count = 0;
-  if (std::fscanf(file, "%lu", &count) != 1) count = kMapCountFallback;
-  std::fclose(file);
-  return count;
-}
-
-// The smallest page with which every frame may be a mapping of its own: each one that is resident splits the address
-// space in up to two more and leaves its slot as another. A third of vm.max_map_count stays for the rest of the
-// process. Worked example: 65,530 / 3 * 2 / 3 = 14,562 frames: 2 MiB pages up to 28 GiB of budget, 4 MiB up to 56 GiB.
-std::size_t choose_page_bytes(std::uint64_t budget_bytes) {
-  const std::uint64_t frames_max = std::max(1024ul, mapping_count_max() / 3 * 2 / 3);
-  std::size_t page_bytes = kPageBytesMin;
-  while (page_bytes < kPageBytesMax && budget_bytes / page_bytes > frames_max) page_bytes *= 2;
-  return page_bytes;
-}
-
-std::size_t checked_page_bytes(const PagerOptions& options) {
-  if (options.page_bytes == 0) return choose_page_bytes(options.budget_bytes);
-  const bool power_of_two = (options.page_bytes & (options.page_bytes - 1)) == 0;
-  if (!power_of_two || options.page_bytes < kPageBytesMin || options.page_bytes > kPageBytesMax) {
-    throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(options.page_bytes) +
-                                        "; it must be a power of two from 2 MiB to 64 MiB");
-  }
-  return options.page_bytes;
+void check_pagefile(const PagerOptions& options) {
+  if (options.pagefile == nullptr) return;
+  if (options.device) throw Error(ErrorKind::invalid, "a pagefile is for the host; a device pages to spill so far");
+  if (checked_page_bytes(options.page_bytes, options.budget_bytes) == options.pagefile->page_bytes()) return;
+  throw Error(ErrorKind::invalid, "the pagefile has pages of " + std::to_string(options.pagefile->page_bytes()) +
+                                      " bytes; this pager's have " + std::to_string(checked_page_bytes(options.page_bytes, options.budget_bytes)));
 }
 
 std::uint64_t host_budget_of(const DeviceOptions& wanted) {
@@ -67,7 +48,7 @@ std::uint64_t host_budget_of(const DeviceOptions& wanted) {
 std::size_t device_page_bytes(const PagerOptions& options, const CudaDevice& device) {
   const std::size_t granularity = device.facts().granularity_bytes;
   if (options.page_bytes != 0) {
-    const std::size_t page_bytes = checked_page_bytes(options);
+    const std::size_t page_bytes = checked_page_bytes(options.page_bytes, options.budget_bytes);
     if (page_bytes % granularity == 0) return page_bytes;
     throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(page_bytes) + "; device '" + device.facts().name +
                                         "' maps multiples of " + std::to_string(granularity) + " bytes");
@@ -91,7 +72,11 @@ MoverOptions mover_options(const PagerOptions& options, std::size_t page_bytes, 
   const std::size_t transfers =
       std::clamp<std::size_t>(wanted / page_bytes, 1, std::max<std::size_t>(1, host_frames / 2));
   result.inflight_bytes = transfers * page_bytes;
-  result.spill_directory = options.spill_directory;
+  if (options.pagefile != nullptr) {
+    result.store = options.pagefile;
+  } else {
+    result.store = std::make_shared<Spill>(options.spill_directory, page_bytes);
+  }
   IoQueueOptions queue_options;
   const std::size_t requests =
       (transfers + kDemandTransfers) * ((frame_bytes + kIoRequestBytesMax - 1) / kIoRequestBytesMax);
@@ -111,6 +96,8 @@ MoverOptions mover_options(const PagerOptions& options, std::size_t page_bytes, 
 
 Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) {
   count_forks();
+  check_pagefile(options);
+  pagefile_ = options.pagefile;
   if (options.device) {
     make_device_tiers(options);
   } else {
@@ -122,7 +109,7 @@ Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) 
 }
 
 void Pager::make_host_tier(const PagerOptions& options) {
-  page_bytes_ = checked_page_bytes(options);
+  page_bytes_ = checked_page_bytes(options.page_bytes, options.budget_bytes);
   frame_count_ = options.budget_bytes / page_bytes_;
   if (frame_count_ < 2 * kFaultFrames) {
     throw Error(ErrorKind::budget, "the budget of " + std::to_string(options.budget_bytes / kMiB) +
@@ -135,10 +122,10 @@ void Pager::make_host_tier(const PagerOptions& options) {
   space_ = std::move(space);
   pool_ = std::make_unique<FramePool>(options.budget_bytes, page_bytes_);
   residency_ = std::make_unique<Residency>(*space_, frame_count_, options.event_capacity);
+  MoverOptions for_mover = mover_options(options, page_bytes_, pool_->frame_bytes(), frame_count_);
+  make_queue_ = for_mover.make_queue;
   executor_ = std::make_unique<Executor>(
-      *residency_,
-      std::make_unique<HostMover>(*residency_, *host_space_, *pool_,
-                                  mover_options(options, page_bytes_, pool_->frame_bytes(), frame_count_)));
+      *residency_, std::make_unique<HostMover>(*residency_, *host_space_, *pool_, std::move(for_mover)));
 }
 
 void Pager::make_device_tiers(const PagerOptions& options) {
@@ -281,6 +268,7 @@ Region Pager::map_quantised(QuantisedFile file) {
       entries[i].valid_bytes = stride_bytes;
     }
   }
+  if (pagefile_ != nullptr) pagefile_->attach(PageId{pages.first}, entries);
   residency_->append_pages(entries);
   return {space_->address(PageId{pages.first}), count * page_bytes_, pages};
 }
@@ -319,6 +307,7 @@ void Pager::append_region_pages(PageRange pages, std::uint64_t size_bytes, std::
         static_cast<std::uint32_t>(std::min<std::uint64_t>(page_bytes_ - entry.lead_bytes, size_bytes - offset_bytes));
     offset_bytes += entry.valid_bytes;
   }
+  if (pagefile_ != nullptr) pagefile_->attach(PageId{pages.first}, entries);
   residency_->append_pages(entries);
 }
 
@@ -532,6 +521,33 @@ void Pager::read_without_device(AddressRange range, std::byte* destination) cons
   }
 }
 
+void Pager::commit(std::span<const std::byte> metadata, const Residency::Interrupted& interrupted) {
+  const std::lock_guard commit_lock(commit_mutex_);
+  throw_if_unusable();
+  if (pagefile_ == nullptr) {
+    throw Error(ErrorKind::invalid, "commit() needs a pagefile; this pager's modified pages end with the process");
+  }
+  {
+    const std::unique_ptr<IoQueue> queue = make_queue_();
+    PageFlush flush(*residency_, *host_space_, *pagefile_, *queue);
+    std::exception_ptr failure;
+    try {
+      flush.run(interrupted);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    const std::lock_guard lock(close_mutex_);
+    io_counters_of_flushes_ += queue->counters();
+    if (failure) std::rethrow_exception(failure);
+  }
+  pagefile_->commit(metadata);
+  const std::lock_guard lock(residency_->mutex);
+  residency_->store_may_have_room = true;  // extents of the commit before are free
+  residency_->wake();
+}
+
+std::uint64_t Pager::commit_number() const { return pagefile_ == nullptr ? 0 : pagefile_->commit_number(); }
+
 std::unique_ptr<Ticket> Pager::prefetch(SetId id) {
   throw_if_unusable();
   return std::make_unique<Ticket>(*residency_, id);
@@ -582,20 +598,15 @@ void Pager::clear_schedule() {
   residency_->set_schedule(std::nullopt);
 }
 
-IoQueueCounters Pager::all_io_counters() const { return executor_ ? executor_->io_counters() : io_counters_at_close_; }
+IoQueueCounters Pager::all_io_counters() const {
+  IoQueueCounters result = executor_ ? executor_->io_counters() : io_counters_at_close_;
+  return result += io_counters_of_flushes_;
+}
 
 IoQueueCounters Pager::io_counters() const {
   const std::lock_guard lock(close_mutex_);
   IoQueueCounters result = all_io_counters();
-  const IoQueueCounters& before = io_counters_at_reset_;
-  result.requests -= before.requests;
-  result.completions -= before.completions;
-  result.bytes_read -= before.bytes_read;
-  result.bytes_written -= before.bytes_written;
-  result.short_transfers -= before.short_transfers;
-  result.retries -= before.retries;
-  result.system_calls -= before.system_calls;
-  return result;
+  return result -= io_counters_at_reset_;
 }
 
 void Pager::reset_statistics() {
@@ -621,6 +632,7 @@ std::uint64_t Pager::spill_bytes() const {
 }
 
 void Pager::close() noexcept {
+  const std::lock_guard commit_lock(commit_mutex_);
   const std::lock_guard lock(close_mutex_);
   if (closed_.exchange(true)) return;
   if (fork_generation() != fork_generation_) {

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <map>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -29,6 +30,7 @@
 #include "mem/frame_pool.hpp"
 #include "mem/host_address_space.hpp"
 #include "pager/executor.hpp"
+#include "pager/pagefile_store.hpp"
 #include "pager/quantised_file.hpp"
 #include "pager/recorder.hpp"
 #include "pager/residency.hpp"
@@ -61,6 +63,7 @@ struct PagerOptions {
   unsigned io_depth = 0;             // requests; 0: what inflight_bytes needs
   std::uint64_t inflight_bytes = 0;  // of prefetch; 0: kInflightBytesDefault
   std::string spill_directory;
+  std::shared_ptr<PagefileStore> pagefile;  // instead of spill, and so that commit() can be called; on the host only
   std::size_t event_capacity = 65536;
   std::function<std::unique_ptr<IoQueue>()> make_queue;  // tests: instead of `engine`
 };
@@ -116,6 +119,11 @@ class Pager {
   // the drive. What is left when the context is lost. Error(device) names the page of which the device has the only
   // copy; Error(io), Error(invalid).
   void read_without_device(AddressRange range, std::byte* destination) const;
+  // Makes what the pages hold now, and `metadata`, the pagefile's next commit. Blocks until it is on the drive. Nobody
+  // may write to the pages meanwhile. Afterwards they are as resident as before. Error(invalid) without a pagefile, and
+  // when a page was written to all the same; Error(io): the commit before is whole, and nothing in memory is lost.
+  void commit(std::span<const std::byte> metadata, const Residency::Interrupted& interrupted);
+  std::uint64_t commit_number() const;  // of the last commit, 0 without one
   std::unique_ptr<Ticket> prefetch(SetId id);
   void wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda::Stream stream = nullptr);
   void release(Ticket& ticket, cuda::Stream stream = nullptr);
@@ -188,9 +196,12 @@ class Pager {
   std::string quantised_reason_;      // likewise
   std::unique_ptr<Residency> residency_;
   std::unique_ptr<Executor> executor_;
+  std::shared_ptr<PagefileStore> pagefile_;
+  std::function<std::unique_ptr<IoQueue>()> make_queue_;  // for flushes
+  std::mutex commit_mutex_;                               // before close_mutex_: close() waits for a commit
   IoQueueFacts io_facts_;
   IoQueueCounters all_io_counters() const;  // with close_mutex_ held
-  IoQueueCounters io_counters_at_close_, io_counters_at_reset_;
+  IoQueueCounters io_counters_at_close_, io_counters_at_reset_, io_counters_of_flushes_;
   std::uint64_t bytes_in_use_max_at_close_ = 0, host_bytes_in_use_max_at_close_ = 0, spill_bytes_at_close_ = 0;
   Recorder recorder_;
   mutable std::mutex sets_mutex_;  // sets are made by one thread at a time; never held while waiting

@@ -167,7 +167,7 @@ std::size_t Residency::discard(std::span<const PageId> pages) {
       if (!entry.dead) ++dead_pages;
       entry.dead = true;
     } else {
-      forget_content(entry);
+      forget_content(page);
     }
     ++discarded;
   }
@@ -184,12 +184,70 @@ void Residency::wanted(std::span<const PageId> pages) {
   }
 }
 
-void Residency::forget_content(PageEntry& entry) {
-  if (entry.backing == Backing::spill) discarded_extents.push_back(entry.offset_bytes);
+void Residency::hand_back_discarded(PageStore& store) {
+  for (const auto& [page, extent] : discarded_extents_) store.discard(page, extent);
+  discarded_extents_.clear();
+}
+
+void Residency::forget_content(PageId page) {
+  PageEntry& entry = table.at(page);
+  if (entry.backing == Backing::spill) discarded_extents_.emplace_back(page, entry.stored_at());
   if (entry.dead) --dead_pages;
   entry.backing = Backing::zero;
   entry.dirty = entry.dead = false;
   entry.lead_bytes = 0;
+}
+
+std::vector<PageId> Residency::modified_pages() const {
+  const std::lock_guard lock(mutex);
+  std::vector<PageId> pages;
+  for (std::uint32_t page = 0; page < table.size(); ++page) {
+    const PageEntry& entry = table.at(PageId{page});
+    if (entry.dirty && !entry.dead) pages.push_back(PageId{page});
+  }
+  return pages;
+}
+
+Residency::FlushedPage Residency::begin_flush(PageId page) {
+  const std::lock_guard lock(mutex);
+  TP_CHECK(table.tiers() == 1);
+  throw_if_closing();
+  PageEntry& entry = table.at(page);
+  if (!entry.dirty || entry.dead) return {};
+  if (entry.state != PageState::device) return {FlushOutcome::on_its_way, 0, {}};
+  if (entry.pins == 0 && pinned_pages_ >= pinnable_pages()) return {FlushOutcome::no_room, 0, {}};
+  space_.forbid_write(page);
+  if (entry.pins++ == 0) ++pinned_pages_;
+  entry.dirty = false;
+  ++counts.writebacks;
+  ring_.add(EventKind::writeback_begin, static_cast<std::int32_t>(page.value),
+            static_cast<std::int32_t>(entry.frame.value), event_step_, -1);
+  return {FlushOutcome::begun, entry.generation, entry.stored_at()};
+}
+
+bool Residency::flush_undisturbed(PageId page) const {
+  const std::lock_guard lock(mutex);
+  return !table.at(page).dirty;
+}
+
+void Residency::end_flush(PageId page, const PageRecord* stored) noexcept {
+  const std::lock_guard lock(mutex);
+  PageEntry& entry = table.at(page);
+  TP_CHECK(entry.pins > 0 && entry.state == PageState::device);
+  if (--entry.pins == 0) --pinned_pages_;
+  ring_.add(EventKind::writeback_end, static_cast<std::int32_t>(page.value),
+            static_cast<std::int32_t>(entry.frame.value), event_step_, -1);
+  if (stored != nullptr) {
+    entry.set_stored(*stored);  // written to since its last byte left: modified again, and rightly so
+  } else if (!entry.dirty) {
+    try {
+      space_.allow_write(page);
+    } catch (const Error& error) {
+      if (!poison) poison = error;  // the next write to it would trap for ever
+    }
+    entry.dirty = true;
+  }
+  wake_if_hungry();
 }
 
 void Residency::mark_written(SetId id) {

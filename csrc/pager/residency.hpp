@@ -22,6 +22,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -29,6 +30,7 @@
 #include "io/io_queue.hpp"
 #include "mem/address_space.hpp"
 #include "pager/event_ring.hpp"
+#include "pager/page_store.hpp"
 #include "pager/page_table.hpp"
 #include "pager/tape.hpp"
 
@@ -119,6 +121,18 @@ class Residency {
   std::size_t discard(std::span<const PageId> pages);
   // Ends that, without bringing anything in: from now on what is written to the pages is kept.
   void wanted(std::span<const PageId> pages);
+  // For PageFlush, on the host. A flushed page is pinned, clean, and traps writes from begin_flush() on; end_flush()
+  // gives it its new record, or without one makes it modified again.
+  enum class FlushOutcome : std::uint8_t { begun, nothing_to_write, on_its_way, no_room };
+  struct FlushedPage {
+    FlushOutcome outcome = FlushOutcome::nothing_to_write;
+    std::uint32_t generation = 0;
+    Extent extent;  // where it is stored so far
+  };
+  std::vector<PageId> modified_pages() const;
+  FlushedPage begin_flush(PageId page);  // Error(closed), Error(memory)
+  bool flush_undisturbed(PageId page) const;
+  void end_flush(PageId page, const PageRecord* stored) noexcept;
   // A raw access trapped: waits until the page is resident (and writable). False: it can't be had, `reason` says why.
   bool touch(PageId page, bool write, const char** reason) noexcept;
   void begin_pass();
@@ -146,10 +160,12 @@ class Residency {
   std::unique_ptr<Tape> tape;
   std::vector<PageId> frame_page;  // by frame: the page that is resident in it, or invalid
   ReachedPoints reached;
-  std::vector<std::uint64_t> discarded_extents;  // of the spill: the mover takes them back
+  bool store_may_have_room = false;  // what a writeback failed for may be over
   std::size_t dead_pages = 0;
   // What a page without content becomes when it leaves, or was all along: zeros.
-  void forget_content(PageEntry& entry);
+  void forget_content(PageId page);
+  // What was discarded goes back to the store: before any of these pages is written again.
+  void hand_back_discarded(PageStore& store);
   std::vector<PageId> stale_host_pages;  // written on the device while they had a host frame
   Waiter* waiters = nullptr;             // first come, first served
   bool closing = false;
@@ -194,6 +210,7 @@ class Residency {
   std::size_t fault_frames_;
   std::vector<std::unique_ptr<PageSet>> sets_;
   EventRing ring_;
+  std::vector<std::pair<PageId, Extent>> discarded_extents_;
   std::size_t pinned_pages_ = 0;
   std::uint64_t tick_ = 0;
   std::atomic<IoQueue*> waker_{nullptr};

@@ -19,7 +19,8 @@ Spill::Spill(std::string directory, std::size_t page_bytes)
   TP_CHECK(page_bytes > 0 && kChunkBytes % page_bytes == 0);
 }
 
-std::uint64_t Spill::take_extent() {
+Extent Spill::take_extent(Extent current) {
+  if (current.valid()) return current;
   if (directory_.empty()) {
     throw Error(ErrorKind::io, "a modified page must leave memory, but there is no spill directory; give one (store=)",
                 ENOENT);
@@ -32,19 +33,21 @@ std::uint64_t Spill::take_extent() {
       free_.push_back(end_bytes_ + offset - page_bytes_);
     end_bytes_ += kChunkBytes;
   }
-  const std::uint64_t extent = free_.back();
+  const Extent extent{0, free_.back()};
   free_.pop_back();
-  TP_CHECK(extent % page_bytes_ == 0 && extent < end_bytes_);
+  TP_CHECK(extent.offset_bytes % page_bytes_ == 0 && extent.offset_bytes < end_bytes_);
   return extent;
 }
 
-void Spill::put_extent(std::uint64_t offset_bytes) {
-  TP_CHECK(offset_bytes % page_bytes_ == 0 && offset_bytes < end_bytes_);
-  free_.push_back(offset_bytes);
+void Spill::put_extent(Extent extent) {
+  TP_CHECK(extent.stripe == 0 && extent.offset_bytes % page_bytes_ == 0 && extent.offset_bytes < end_bytes_);
+  free_.push_back(extent.offset_bytes);
 }
 
-const File& Spill::file() const {
-  TP_CHECK(file_.has_value());
+void Spill::discard(PageId, Extent extent) { put_extent(extent); }
+
+const File& Spill::file(std::uint32_t stripe) const {
+  TP_CHECK(file_.has_value() && stripe == 0);
   return *file_;
 }
 

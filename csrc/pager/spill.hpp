@@ -12,20 +12,20 @@
 #include <string>
 #include <vector>
 
-#include "base/ids.hpp"
-#include "io/file.hpp"
+#include "pager/page_store.hpp"
 
 namespace tp {
 
-class Spill {
+class Spill final : public PageStore {
  public:
   Spill(std::string directory, std::size_t page_bytes);
-  // An extent for one page; opens or grows the file when it has to.
-  std::uint64_t take_extent();
-  void put_extent(std::uint64_t offset_bytes);
-  const File& file() const;  // after the first take_extent
-  bool open() const noexcept { return file_.has_value(); }
-  std::uint64_t allocated_bytes() const noexcept { return end_bytes_; }
+  // The page's own place again, else one that opens or grows the file when it has to.
+  Extent take_extent(Extent current) override;
+  void put_extent(Extent extent) override;
+  void written(PageId, const PageRecord&) override {}
+  void discard(PageId page, Extent extent) override;
+  const File& file(std::uint32_t stripe) const override;
+  std::uint64_t allocated_bytes() const override { return end_bytes_; }
 
  private:
   std::string directory_;

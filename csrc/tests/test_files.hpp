@@ -7,8 +7,10 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 namespace tp::test {
@@ -46,6 +48,24 @@ class PatternFile {
  private:
   std::string path_;
   std::uint64_t size_bytes_;
+};
+
+// A directory of its own, removed with what is in it.
+class TemporaryDirectory {
+ public:
+  explicit TemporaryDirectory(const std::string& parent) : path_(parent + "/tensorpager-test-XXXXXX") {
+    if (mkdtemp(path_.data()) == nullptr) throw std::runtime_error("mkdtemp in " + parent);
+  }
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
 };
 
 }  // namespace tp::test
