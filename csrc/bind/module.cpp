@@ -11,6 +11,7 @@
 #include "device/mapping_cost.hpp"
 #include "io/probe.hpp"
 #include "pager/event_ring.hpp"
+#include "pager/page_size.hpp"
 #include "pager/pager.hpp"
 
 namespace py = pybind11;
@@ -252,11 +253,88 @@ tp::Transport transport_of(const std::string& name) {
   throw tp::Error(tp::ErrorKind::invalid, "transport is '" + name + "'; it must be 'auto', 'host' or 'cufile'");
 }
 
+// A pagefile of Python's until a pager takes it over.
+struct OwnedPagefile {
+  std::optional<tp::Pagefile> pagefile;
+  tp::Pagefile& get() {
+    if (pagefile) return *pagefile;
+    throw tp::Error(tp::ErrorKind::closed,
+                    "the pagefile was closed, or given to a pager, which commits to it from now on");
+  }
+};
+
+tp::PageId page_of(OwnedPagefile& self, std::uint32_t page) {
+  if (page >= self.get().page_count()) throw py::index_error("page " + std::to_string(page));
+  return tp::PageId{page};
+}
+
+void bind_pagefile(py::module_& module) {
+  py::class_<tp::DamagedPage>(module, "DamagedPage",
+                              "A page of a pagefile whose bytes are not those that were written.")
+      .def_property_readonly("page", [](const tp::DamagedPage& self) { return self.page.value; })
+      .def_readonly("file", &tp::DamagedPage::file)
+      .def_readonly("offset_bytes", &tp::DamagedPage::offset_bytes)
+      .def_readonly("why", &tp::DamagedPage::why);
+  py::class_<OwnedPagefile>(module, "Pagefile",
+                            "A durable store of pages, open: nobody else can open it meanwhile. One thread.")
+      .def_static(
+          "create",
+          [](const std::vector<std::string>& directories, std::uint64_t page_bytes,
+             const std::vector<double>& weights) {
+            tp::PagefileOptions options;
+            options.weights = weights;
+            return OwnedPagefile{tp::Pagefile::create(directories, page_bytes, options)};
+          },
+          py::arg("directories"), py::kw_only(), py::arg("page_bytes"), py::arg("weights") = std::vector<double>{},
+          py::call_guard<py::gil_scoped_release>(),
+          "In directories that exist and hold none. weights: how they share the pages. IoError, ValueError.")
+      .def_static(
+          "open",
+          [](const std::vector<std::string>& directories, const std::vector<double>& weights) {
+            tp::PagefileOptions options;
+            options.weights = weights;
+            return OwnedPagefile{tp::Pagefile::open(directories, options)};
+          },
+          py::arg("directories"), py::kw_only(), py::arg("weights") = std::vector<double>{},
+          py::call_guard<py::gil_scoped_release>(), "The last commit. The same directories in the same order. IoError.")
+      .def_property_readonly("page_bytes", [](OwnedPagefile& self) { return self.get().page_bytes(); })
+      .def_property_readonly("page_count", [](OwnedPagefile& self) { return self.get().page_count(); })
+      .def_property_readonly("commit_number", [](OwnedPagefile& self) { return self.get().commit_number(); })
+      .def_property_readonly("metadata",
+                             [](OwnedPagefile& self) {
+                               const std::span<const std::byte> bytes = self.get().metadata();
+                               return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+                             })
+      .def(
+          "stored",
+          [](OwnedPagefile& self, std::uint32_t page) { return self.get().record(page_of(self, page)).extent.valid(); },
+          py::arg("page"), "Whether the page takes room; one that does not is all zeros. IndexError.")
+      .def(
+          "read",
+          [](OwnedPagefile& self, std::uint32_t page) {
+            const tp::PageId id = page_of(self, page);
+            py::bytearray result;
+            if (PyByteArray_Resize(result.ptr(), static_cast<Py_ssize_t>(self.get().page_bytes())) != 0)
+              throw py::error_already_set();
+            const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(PyByteArray_AS_STRING(result.ptr())),
+                                             self.get().page_bytes());
+            const py::gil_scoped_release no_gil;
+            self.get().read(id, bytes);
+            return result;
+          },
+          py::arg("page"), "The page's bytes. IoError when they are not those that were written; IndexError.")
+      .def(
+          "check", [](OwnedPagefile& self, std::uint32_t page) { return self.get().check(page_of(self, page)); },
+          py::arg("page"), py::call_guard<py::gil_scoped_release>(),
+          "Reads a page of the last commit. What is wrong with it, or None. IndexError.")
+      .def("close", [](OwnedPagefile& self) { self.pagefile.reset(); });
+}
+
 std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine,
                                   unsigned io_depth, std::uint64_t inflight_bytes, const std::string& spill_directory,
                                   std::size_t event_capacity, int device, std::uint64_t host_budget_bytes,
                                   const std::string& driver_library, const std::string& transport,
-                                  const std::string& cufile_library) {
+                                  const std::string& cufile_library, OwnedPagefile* pagefile) {
   const py::gil_scoped_release no_gil;
   tp::PagerOptions options;
   options.budget_bytes = budget_bytes;
@@ -271,6 +349,10 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
     const tp::CudaDriver& driver = stand_in ? tp::CudaDriver::load(driver_library) : tp::CudaDriver::system();
     options.device =
         tp::DeviceOptions{&driver, device, host_budget_bytes, stand_in, transport_of(transport), cufile_library};
+  }
+  if (pagefile != nullptr) {
+    options.pagefile = std::make_shared<tp::PagefileStore>(std::move(pagefile->get()));
+    pagefile->pagefile.reset();
   }
   return std::make_unique<Pager>(options);
 }
@@ -360,6 +442,18 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           "written "
           "to them may be lost. Pages in use, of files and on a device stay as they are. Returns how many were "
           "discarded. ValueError.")
+      .def(
+          "commit",
+          [](Pager& self, std::string_view metadata) {
+            const py::gil_scoped_release no_gil;
+            self.commit(std::as_bytes(std::span(metadata)), interrupted());
+          },
+          py::arg("metadata"),
+          "Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the "
+          "drive; nobody may write to the pages meanwhile. ValueError without a pagefile, or when a page was written "
+          "to "
+          "all the same; IoError, and then the commit before is whole; KeyboardInterrupt.")
+      .def_property_readonly("commit_number", &Pager::commit_number, "Of the last commit; 0 before the first.")
       .def(
           "wanted",
           [](Pager& self, std::uintptr_t address, std::uint64_t size_bytes) {
@@ -538,20 +632,25 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
 
   bind_ticket(module);
   bind_quantised_file(module);
+  bind_pagefile(module);
+  module.def("choose_host_page_bytes", &tp::choose_host_page_bytes, py::arg("budget_bytes"),
+             "The page size of a host pager with this budget, unless another is asked for.");
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager
-      .def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
-           py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
-           py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
-           py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "", py::arg("transport") = "auto",
-           py::arg("cufile_library") = "",
-           "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
-           "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
-           "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "
-           "'auto' "
-           "(cuFile where it is direct), 'host' or 'cufile'. BudgetError, MemoryMapError, EngineError, DeviceError, "
-           "ValueError.")
+      .def(
+          py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
+          py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
+          py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
+          py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "", py::arg("transport") = "auto",
+          py::arg("cufile_library") = "", py::arg("pagefile") = nullptr,
+          "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
+          "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
+          "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "
+          "'auto' "
+          "(cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the spill, so "
+          "that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, "
+          "ValueError.")
       .def("map_file", &Pager::map_file, py::arg("path"), py::arg("aligned_offset_bytes") = 0,
            py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at "

@@ -3,9 +3,9 @@
 //
 // open_checkpoint: O_RDONLY|O_CLOEXEC, refuses what is not a regular file; direct when the file system takes O_DIRECT
 // (DirectPolicy), the alignment asked of the file with STATX_DIOALIGN. open_spill: O_TMPFILE, else O_CREAT|O_EXCL|
-// O_NOFOLLOW and unlinked at once; mode 0600. open_stored: O_RDWR|O_NOFOLLOW. preallocate() makes room now, so that a full disk is met here.
-// Files that lie in memory (tmpfs) are never direct: their bytes would only be copied within RAM. Blocking; one thread.
-// Errors: Error(io) with path, call and errno. Move-only; closes its descriptor.
+// O_NOFOLLOW and unlinked at once; mode 0600. open_stored: O_RDWR|O_NOFOLLOW. preallocate() makes room now, so that a
+// full disk is met here. Files that lie in memory (tmpfs) are never direct: their bytes would only be copied within
+// RAM. Blocking; one thread. Errors: Error(io) with path, call and errno. Move-only; closes its descriptor.
 #pragma once
 
 #include <cstdint>

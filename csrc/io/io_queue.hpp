@@ -101,7 +101,7 @@ struct IoQueueCounters {
  private:
   template <typename Operation>
   IoQueueCounters& combine(const IoQueueCounters& other, Operation operation) noexcept {
-    for (std::uint64_t IoQueueCounters::*counter :
+    for (std::uint64_t IoQueueCounters::* counter :
          {&IoQueueCounters::requests, &IoQueueCounters::completions, &IoQueueCounters::bytes_read,
           &IoQueueCounters::bytes_written, &IoQueueCounters::short_transfers, &IoQueueCounters::retries,
           &IoQueueCounters::system_calls})

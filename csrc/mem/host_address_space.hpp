@@ -8,8 +8,8 @@
 // slot, and the address becomes readable after.
 //
 // Threads: beside AddressSpace's: map/unmap/allow_write by the executor thread (allow_write also by a faulting thread,
-// and both it and forbid_write by one that flushes, under the pager's lock, for a page that is resident). Blocking: system calls only. Errors: Error(memory). After
-// discard() no page is resident and no frame may be mapped any more.
+// and both it and forbid_write by one that flushes, under the pager's lock, for a page that is resident). Blocking:
+// system calls only. Errors: Error(memory). After discard() no page is resident and no frame may be mapped any more.
 #pragma once
 
 #include "mem/address_space.hpp"

@@ -27,8 +27,8 @@
 #include "io/file.hpp"
 #include "io/io_queue.hpp"
 #include "mem/frame_pool.hpp"
-#include "pager/residency.hpp"
 #include "pager/page_store.hpp"
+#include "pager/residency.hpp"
 #include "pager/transfer.hpp"
 
 namespace tp {

@@ -24,7 +24,7 @@ unsigned long mapping_count_max() {
 
 }  // namespace
 
-std::size_t choose_page_bytes(std::uint64_t budget_bytes) {
+std::size_t choose_host_page_bytes(std::uint64_t budget_bytes) {
   const std::uint64_t frames_max = std::max(1024ul, mapping_count_max() / 3 * 2 / 3);
   std::size_t page_bytes = kPageBytesMin;
   while (page_bytes < kPageBytesMax && budget_bytes / page_bytes > frames_max) page_bytes *= 2;
@@ -32,11 +32,11 @@ std::size_t choose_page_bytes(std::uint64_t budget_bytes) {
 }
 
 std::size_t checked_page_bytes(std::uint64_t page_bytes, std::uint64_t budget_bytes) {
-  if (page_bytes == 0) return choose_page_bytes(budget_bytes);
+  if (page_bytes == 0) return choose_host_page_bytes(budget_bytes);
   const bool power_of_two = (page_bytes & (page_bytes - 1)) == 0;
   if (!power_of_two || page_bytes < kPageBytesMin || page_bytes > kPageBytesMax) {
-    throw Error(ErrorKind::invalid, "page_bytes is " + std::to_string(page_bytes) +
-                                        "; it must be a power of two from 2 MiB to 64 MiB");
+    throw Error(ErrorKind::invalid,
+                "page_bytes is " + std::to_string(page_bytes) + "; it must be a power of two from 2 MiB to 64 MiB");
   }
   return page_bytes;
 }

@@ -347,20 +347,28 @@ void Pagefile::read(PageId page, std::span<std::byte> bytes) const {
               EBADMSG);
 }
 
+std::optional<DamagedPage> Pagefile::check(PageId page) const {
+  if (page.value >= committed_.pages.size()) {
+    throw_invalid("page " + std::to_string(page.value) + " is not among the " +
+                  std::to_string(committed_.pages.size()) + " of the last commit");
+  }
+  const PageRecord& record = committed_.pages[page.value];
+  if (!record.extent.valid()) return std::nullopt;
+  std::vector<std::byte> bytes(page_bytes());
+  std::string why;
+  try {
+    why = damage(record, page, bytes);
+  } catch (const Error& error) {
+    why = error.what();
+  }
+  if (why.empty()) return std::nullopt;
+  return DamagedPage{page, stripes_[record.extent.stripe].path(), record.extent.offset_bytes, why};
+}
+
 std::vector<DamagedPage> Pagefile::verify() const {
   std::vector<DamagedPage> damaged;
-  std::vector<std::byte> bytes(page_bytes());
   for (std::uint32_t page = 0; page < committed_.pages.size(); ++page) {
-    const PageRecord& record = committed_.pages[page];
-    if (!record.extent.valid()) continue;
-    std::string why;
-    try {
-      why = damage(record, PageId{page}, bytes);
-    } catch (const Error& error) {
-      why = error.what();
-    }
-    if (why.empty()) continue;
-    damaged.push_back({PageId{page}, stripes_[record.extent.stripe].path(), record.extent.offset_bytes, why});
+    if (std::optional<DamagedPage> found = check(PageId{page})) damaged.push_back(*std::move(found));
   }
   return damaged;
 }

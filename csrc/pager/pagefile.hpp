@@ -83,7 +83,9 @@ class Pagefile {
   void write(PageId page, std::span<const std::byte> bytes);
   void read(PageId page, std::span<std::byte> bytes) const;  // as it is now, committed or not
   void commit(std::span<const std::byte> metadata);
-  // Reads every page of the last commit, through the page cache: what was written lately may come from memory.
+  // Reads a page of the last commit, through the page cache: what was written lately may come from memory. Nothing when
+  // its bytes are those that were written. verify(): every page.
+  std::optional<DamagedPage> check(PageId page) const;
   std::vector<DamagedPage> verify() const;
 
  private:

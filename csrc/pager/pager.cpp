@@ -38,7 +38,8 @@ void check_pagefile(const PagerOptions& options) {
   if (options.device) throw Error(ErrorKind::invalid, "a pagefile is for the host; a device pages to spill so far");
   if (checked_page_bytes(options.page_bytes, options.budget_bytes) == options.pagefile->page_bytes()) return;
   throw Error(ErrorKind::invalid, "the pagefile has pages of " + std::to_string(options.pagefile->page_bytes()) +
-                                      " bytes; this pager's have " + std::to_string(checked_page_bytes(options.page_bytes, options.budget_bytes)));
+                                      " bytes; this pager's have " +
+                                      std::to_string(checked_page_bytes(options.page_bytes, options.budget_bytes)));
 }
 
 std::uint64_t host_budget_of(const DeviceOptions& wanted) {

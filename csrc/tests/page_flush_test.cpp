@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// commit() of a pager with a pagefile: what it writes, that pages stay resident, that another process finds them as they
-// were at the last commit, and nothing less after the failure of any call.
+// commit() of a pager with a pagefile: what it writes, that pages stay resident, that another process finds them as
+// they were at the last commit, and nothing less after the failure of any call.
 #include "pager/page_flush.hpp"
 
 #include <gtest/gtest.h>
@@ -280,7 +280,10 @@ TEST_F(CommitTest, an_interruption_leaves_all_as_it_was) {
   make();
   for (std::size_t page = 0; page < 8; ++page) write(page, 9);
   int calls = 0;
-  EXPECT_THROW(pager_->commit({}, [&] { if (++calls == 3) throw std::runtime_error("interrupted"); }),
+  EXPECT_THROW(pager_->commit({},
+                              [&] {
+                                if (++calls == 3) throw std::runtime_error("interrupted");
+                              }),
                std::runtime_error);
   EXPECT_EQ(pager_->commit_number(), 0u);
   EXPECT_EQ(pager_->residency().pinned_pages(), 0u);
@@ -337,12 +340,8 @@ TEST_F(CommitTest, random_lives_go_on_from_the_last_commit) {
             }
             break;
           case 2:
-          case 3:
-            ASSERT_TRUE(shows(page, now.contains(page) ? now[page] : 0));
-            break;
-          default:
-            write(page, ++value);
-            now[page] = value;
+          case 3: ASSERT_TRUE(shows(page, now.contains(page) ? now[page] : 0)); break;
+          default: write(page, ++value); now[page] = value;
         }
       }
       reopen();
@@ -434,7 +433,7 @@ TEST_P(CommitFailureTest, of_every_call_of_the_pagefile) {
 }
 
 TEST_P(CommitFailureTest, of_every_transfer) {
-  std::uint64_t swept = 0, with_errors = 0;
+  std::uint64_t swept = 0, told = 0;
   for (std::uint64_t at = 0;; at += kStride) {
     SCOPED_TRACE(at);
     auto seen = std::make_shared<std::atomic<std::uint64_t>>(0);
@@ -457,14 +456,15 @@ TEST_P(CommitFailureTest, of_every_transfer) {
     errors_ = 0;
     scenario();
     *armed = false;
+    // A writeback that nobody waited for is only counted: its page stays, and the next commit writes it.
+    told += errors_ > 0 || pager_->residency().counters().failures > 0;
     check_memory();
     check_drive();
     if (*fired == 0) break;
-    with_errors += errors_ > 0;
     ++swept;
   }
   EXPECT_GT(swept, 20u / kStride);
-  EXPECT_EQ(with_errors, swept);
+  EXPECT_EQ(told, swept);
 }
 
 INSTANTIATE_TEST_SUITE_P(Calls, CommitFailureTest,

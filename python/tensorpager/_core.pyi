@@ -13,14 +13,17 @@ import typing_extensions
 
 __all__: list[str] = [
     "CufileFacts",
+    "DamagedPage",
     "DirectoryFacts",
     "EVENT_KINDS",
     "EngineCandidate",
     "PAGE_STATES",
+    "Pagefile",
     "Pager",
     "QuantisedFile",
     "Region",
     "Ticket",
+    "choose_host_page_bytes",
     "device_memory",
     "mapping_costs",
     "probe_cufile",
@@ -121,6 +124,64 @@ class QuantisedFile:
     @property
     def size_bytes(self) -> int: ...
 
+class DamagedPage:
+    """
+    A page of a pagefile whose bytes are not those that were written.
+    """
+    @property
+    def file(self) -> str: ...
+    @property
+    def offset_bytes(self) -> int: ...
+    @property
+    def page(self) -> int: ...
+    @property
+    def why(self) -> str: ...
+
+class Pagefile:
+    """
+    A durable store of pages, open: nobody else can open it meanwhile. One thread.
+    """
+    @staticmethod
+    def create(
+        directories: collections.abc.Sequence[str],
+        *,
+        page_bytes: typing.SupportsInt | typing.SupportsIndex,
+        weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
+    ) -> Pagefile:
+        """
+        In directories that exist and hold none. weights: how they share the pages. IoError, ValueError.
+        """
+    @staticmethod
+    def open(
+        directories: collections.abc.Sequence[str],
+        *,
+        weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex] = [],
+    ) -> Pagefile:
+        """
+        The last commit. The same directories in the same order. IoError.
+        """
+    def check(self, page: typing.SupportsInt | typing.SupportsIndex) -> DamagedPage | None:
+        """
+        Reads a page of the last commit. What is wrong with it, or None. IndexError.
+        """
+    def close(self) -> None: ...
+    def read(self, page: typing.SupportsInt | typing.SupportsIndex) -> bytearray:
+        """
+        The page's bytes. IoError when they are not those that were written; IndexError.
+        """
+    def stored(self, page: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Whether the page takes room; one that does not is all zeros. IndexError.
+        """
+    @property
+    def commit_number(self) -> int: ...
+    @property
+    def metadata(self) -> bytes: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def page_count(self) -> int: ...
+
 class Pager:
     """
     Page table, frames and executor thread. Any thread; waiting releases the GIL.
@@ -140,9 +201,10 @@ class Pager:
         driver_library: str = "",
         transport: str = "auto",
         cufile_library: str = "",
+        pagefile: Pagefile = None,
     ) -> None:
         """
-        Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: 'auto' (cuFile where it is direct), 'host' or 'cufile'. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
+        Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: 'auto' (cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the spill, so that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
         """
     def acquire(
         self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
@@ -185,6 +247,10 @@ class Pager:
     def close(self) -> None:
         """
         Drain transfers, fail those who wait, free the memory. Idempotent.
+        """
+    def commit(self, metadata: str) -> None:
+        """
+        Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the drive; nobody may write to the pages meanwhile. ValueError without a pagefile, or when a page was written to all the same; IoError, and then the commit before is whole; KeyboardInterrupt.
         """
     def contains(self, address: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def discard(
@@ -296,6 +362,11 @@ class Pager:
     @property
     def closed(self) -> bool: ...
     @property
+    def commit_number(self) -> int:
+        """
+        Of the last commit; 0 before the first.
+        """
+    @property
     def device(self) -> int:
         """
         Number of the CUDA device, -1 on the host.
@@ -336,6 +407,11 @@ class Pager:
         """
         Why that one.
         """
+
+def choose_host_page_bytes(budget_bytes: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    The page size of a host pager with this budget, unless another is asked for.
+    """
 
 def device_memory(device: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
     """
