@@ -15,7 +15,6 @@ Threads: a model is trained by one thread, in which autograd runs the nodes of t
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import inspect
 import weakref
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensorpager.backward import HeldRanges
-from tensorpager.errors import ClosedError, PagedTensorError
-from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, span_of
-from tensorpager.spill import SPILL_ALIGN_BYTES, SpillArena, aligned_size, copy_into, dense_strides, tensor_at
+from tensorpager.errors import PagedTensorError
+from tensorpager.paged_tensor import PagedTensor, span_of
+from tensorpager.places import Places
+from tensorpager.spill import SpillArena
 from tensorpager.windows import Hook, Window
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ __all__ = ["Training", "check_optimizers"]
 
 #: Smaller gradients and state stay in RAM: step counts, biases, norms. Of a page, so that little of it is ever lost.
 _MOVED_BYTES_MIN = 16 * 2**10
-
-#: glibc keeps what is freed, and aligned blocks don't fit where such a block was: without this the plain tensors that
-#: were moved stay in the process, 600 MiB of a model with 768 MiB of training state. So often they are given back.
-_TRIM_BYTES = 32 * 2**20
 
 _STEPS_EACH_ALONE = (
     torch.optim.Adadelta,
@@ -96,14 +92,9 @@ class Training:
             for group in optimizer.param_groups:
                 for index, parameter in enumerate(group["params"]):
                     self._slots.setdefault(id(parameter), []).append((group["params"], index))
-        # Places whose tensor is no more. By name: the same pages in every step, as the schedule knows them.
-        self._free: dict[tuple[str, int], list[int]] = {}
         self._window = Window(core, -1, "optimizer step")  # what a group of step() holds
+        self._places = Places(core, self._arena, self._window)
         self._names: dict[int, str] = {}
-        self._untrimmed_bytes = 0  # moved since the last time, and freed by now but for the last
-        self._trim: Callable[[int], int] | None = getattr(
-            ctypes.CDLL(None), "malloc_trim", None
-        )  # not every libc has it
 
     @property
     def size_bytes(self) -> int:
@@ -142,30 +133,10 @@ class Training:
             if not _moves(gradient):
                 return
             assert gradient is not None
-            paged = self._copy_in(gradient.detach(), f"{self._names.get(id(parameter), 'parameter')}.grad")
-            parameter.grad = paged
+            parameter.grad = self._places.copy_in(gradient.detach(), f"{self._name(parameter)}.grad")
 
-    def _copy_in(self, source: torch.Tensor, name: str) -> PagedTensor:
-        """As SpillArena.move_in, in a place that is given back when the tensor is no more."""
-        size_bytes = source.numel() * source.element_size()
-        free = self._free.setdefault((name, aligned_size(size_bytes)), [])
-        # From a page on at the start of one: as few pages as can be are resident with it, or are given back.
-        align_bytes = self._core.page_bytes if size_bytes >= self._core.page_bytes else SPILL_ALIGN_BYTES
-        address = free.pop() if free else self._arena.place(size_bytes, align_bytes)
-        self._untrimmed_bytes += size_bytes
-        if self._untrimmed_bytes > _TRIM_BYTES and self._trim is not None:
-            self._trim(0)
-            self._untrimmed_bytes = 0
-        plain = tensor_at(self._core, address, tuple(source.shape), dense_strides(source), source.dtype)
-        self._core.wanted(address, size_bytes)  # a copy that can't be held is made page by page, as they are touched
-        copy_into(self._core, plain, source)
-        backing = Backing(self._core, name)
-        backing.windows.append(self._window)
-        paged = make_paged(plain, backing)
-        # The storage's object lives as long as any tensor over it does, detached ones too.
-        storage = plain.untyped_storage()
-        weakref.finalize(storage, _give_back, self._core, free, address, aligned_size(size_bytes)).atexit = False
-        return paged
+    def _name(self, parameter: torch.Tensor) -> str:
+        return self._names.get(id(parameter), "parameter")
 
     # -- optimizers
 
@@ -204,7 +175,7 @@ class Training:
             return
         for key, value in state.items():
             if _moves(value):
-                state[key] = self._copy_in(value, f"{self._names.get(id(parameter), 'parameter')}.{key}")
+                state[key] = self._places.copy_in(value, f"{self._name(parameter)}.{key}")
 
 
 def _moves(value: object) -> bool:
@@ -215,14 +186,6 @@ def _moves(value: object) -> bool:
         and value.layout is torch.strided
         and value.numel() * value.element_size() >= _MOVED_BYTES_MIN
     )
-
-
-def _give_back(core: Core, free: list[int], address: int, size_bytes: int) -> None:
-    try:
-        core.discard(address, size_bytes)
-    except ClosedError:
-        return
-    free.append(address)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places in the address space for tensors that come and go in every step: gradients, optimizer state.
+
+A place has a name, and goes to the next tensor of that name and size: the same pages in every step, as a schedule knows
+them. It is given back when nothing refers to the tensor's storage any more; then its pages are discarded, which spares
+their writes and reads.
+
+Threads: one at a time; tensors may go on any. Blocking: copy_in() blocks on I/O.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from tensorpager.errors import ClosedError
+from tensorpager.paged_tensor import Backing, PagedTensor, make_paged
+from tensorpager.spill import SPILL_ALIGN_BYTES, SpillArena, aligned_size, copy_into, dense_strides, tensor_at
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+    from tensorpager.windows import Window
+
+__all__ = ["Places"]
+
+#: glibc keeps what is freed, and aligned blocks don't fit where such a block was: without this the plain tensors that
+#: were moved stay in the process, 600 MiB of a model with 768 MiB of training state. So often they are given back.
+_TRIM_BYTES = 32 * 2**20
+
+
+class Places:
+    """See the head of the file. `window`: is told of every tensor made here."""
+
+    def __init__(self, core: Core, arena: SpillArena, window: Window) -> None:
+        self._core = core
+        self._arena = arena
+        self._window = window
+        self._free: dict[tuple[str, int], list[int]] = {}  # addresses, by name and size in bytes
+        self._untrimmed_bytes = 0  # copied since the last time, and freed by now but for the last
+        libc = ctypes.CDLL(None)
+        self._trim: Callable[[int], int] | None = getattr(libc, "malloc_trim", None)  # not every libc has it
+
+    def copy_in(self, source: torch.Tensor, name: str) -> PagedTensor:
+        """A paged tensor with the values of a plain one (strided, not empty), in a place of that name."""
+        size_bytes = source.numel() * source.element_size()
+        free = self._free_of(name, aligned_size(size_bytes))
+        # From a page on at the start of one: as few pages as can be are resident with it, or are given back.
+        align_bytes = self._core.page_bytes if size_bytes >= self._core.page_bytes else SPILL_ALIGN_BYTES
+        address = free.pop() if free else self._arena.place(size_bytes, align_bytes)
+        self._untrimmed_bytes += size_bytes
+        if self._untrimmed_bytes > _TRIM_BYTES and self._trim is not None:
+            self._trim(0)
+            self._untrimmed_bytes = 0
+        plain = tensor_at(self._core, address, tuple(source.shape), dense_strides(source), source.dtype)
+        self._core.wanted(address, size_bytes)  # a copy that can't be held is made page by page, as they are touched
+        copy_into(self._core, plain, source)
+        return self._paged(plain, name, address)
+
+    def adopt(
+        self, name: str, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+    ) -> PagedTensor:
+        """A paged tensor (not empty) over what is at the address already. Reads nothing."""
+        return self._paged(tensor_at(self._core, address, shape, strides, dtype), name, address)
+
+    def _paged(self, plain: torch.Tensor, name: str, address: int) -> PagedTensor:
+        backing = Backing(self._core, name)
+        backing.windows.append(self._window)
+        paged = make_paged(plain, backing)
+        # The storage's object lives as long as any tensor over it does, detached ones too.
+        storage = plain.untyped_storage()
+        size_bytes = aligned_size(storage.nbytes())
+        free = self._free_of(name, size_bytes)
+        weakref.finalize(storage, _give_back, self._core, free, address, size_bytes).atexit = False
+        return paged
+
+    def _free_of(self, name: str, size_bytes: int) -> list[int]:
+        return self._free.setdefault((name, size_bytes), [])
+
+    def free(self) -> Iterator[tuple[str, int, int]]:
+        """Name, size in bytes and address of every place that no tensor has."""
+        for (name, size_bytes), addresses in self._free.items():
+            for address in addresses:
+                yield name, size_bytes, address
+
+    def add_free(self, name: str, size_bytes: int, address: int) -> None:
+        """A place that no tensor has, made in an earlier process."""
+        self._free_of(name, size_bytes).append(address)
+
+
+def _give_back(core: Core, free: list[int], address: int, size_bytes: int) -> None:
+    try:
+        core.discard(address, size_bytes)
+    except ClosedError:
+        return
+    free.append(address)
