@@ -275,8 +275,8 @@ void bind_pagefile(py::module_& module) {
       .def_readonly("file", &tp::DamagedPage::file)
       .def_readonly("offset_bytes", &tp::DamagedPage::offset_bytes)
       .def_readonly("why", &tp::DamagedPage::why);
-  py::class_<OwnedPagefile>(module, "Pagefile",
-                            "A durable store of pages, open: nobody else can open it meanwhile. One thread.")
+  py::class_<OwnedPagefile, std::shared_ptr<OwnedPagefile>>(
+      module, "Pagefile", "A durable store of pages, open: nobody else can open it meanwhile. One thread.")
       .def_static(
           "create",
           [](const std::vector<std::string>& directories, std::uint64_t page_bytes,
@@ -334,7 +334,8 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
                                   unsigned io_depth, std::uint64_t inflight_bytes, const std::string& spill_directory,
                                   std::size_t event_capacity, int device, std::uint64_t host_budget_bytes,
                                   const std::string& driver_library, const std::string& transport,
-                                  const std::string& cufile_library, OwnedPagefile* pagefile) {
+                                  const std::string& cufile_library,
+                                  const std::optional<std::shared_ptr<OwnedPagefile>>& pagefile) {
   const py::gil_scoped_release no_gil;
   tp::PagerOptions options;
   options.budget_bytes = budget_bytes;
@@ -350,9 +351,9 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
     options.device =
         tp::DeviceOptions{&driver, device, host_budget_bytes, stand_in, transport_of(transport), cufile_library};
   }
-  if (pagefile != nullptr) {
-    options.pagefile = std::make_shared<tp::PagefileStore>(std::move(pagefile->get()));
-    pagefile->pagefile.reset();
+  if (pagefile) {
+    options.pagefile = std::make_shared<tp::PagefileStore>(std::move((*pagefile)->get()));
+    (*pagefile)->pagefile.reset();
   }
   return std::make_unique<Pager>(options);
 }
@@ -444,9 +445,10 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           "discarded. ValueError.")
       .def(
           "commit",
-          [](Pager& self, std::string_view metadata) {
+          [](Pager& self, const py::bytes& metadata) {
+            const std::string_view view = metadata;
             const py::gil_scoped_release no_gil;
-            self.commit(std::as_bytes(std::span(metadata)), interrupted());
+            self.commit(std::as_bytes(std::span(view)), interrupted());
           },
           py::arg("metadata"),
           "Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the "
@@ -643,7 +645,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
           py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
           py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "", py::arg("transport") = "auto",
-          py::arg("cufile_library") = "", py::arg("pagefile") = nullptr,
+          py::arg("cufile_library") = "", py::arg("pagefile") = py::none(),
           "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
           "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
           "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "

@@ -547,7 +547,10 @@ void Pager::commit(std::span<const std::byte> metadata, const Residency::Interru
   residency_->wake();
 }
 
-std::uint64_t Pager::commit_number() const { return pagefile_ == nullptr ? 0 : pagefile_->commit_number(); }
+std::uint64_t Pager::commit_number() const {
+  const std::lock_guard lock(close_mutex_);
+  return pagefile_ == nullptr ? commit_number_at_close_ : pagefile_->commit_number();
+}
 
 std::unique_ptr<Ticket> Pager::prefetch(SetId id) {
   throw_if_unusable();
@@ -649,6 +652,7 @@ void Pager::close() noexcept {
   executor_->stop();
   io_counters_at_close_ = executor_->io_counters();
   spill_bytes_at_close_ = executor_->spill_bytes();
+  if (pagefile_ != nullptr) commit_number_at_close_ = pagefile_->commit_number();
   if (device_ != nullptr) {
     close_device();
     return;
@@ -659,6 +663,7 @@ void Pager::close() noexcept {
   // The ring goes before the memory it may have registered. Residency stays: late callers get Error(closed) from it.
   executor_.reset();
   pool_.reset();
+  pagefile_.reset();  // and somebody else may open it
 }
 
 void Pager::close_device() noexcept {

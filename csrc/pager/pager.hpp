@@ -203,6 +203,7 @@ class Pager {
   IoQueueCounters all_io_counters() const;  // with close_mutex_ held
   IoQueueCounters io_counters_at_close_, io_counters_at_reset_, io_counters_of_flushes_;
   std::uint64_t bytes_in_use_max_at_close_ = 0, host_bytes_in_use_max_at_close_ = 0, spill_bytes_at_close_ = 0;
+  std::uint64_t commit_number_at_close_ = 0;
   Recorder recorder_;
   mutable std::mutex sets_mutex_;  // sets are made by one thread at a time; never held while waiting
   std::map<std::vector<PageId>, SetId> set_by_pages_;

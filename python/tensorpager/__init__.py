@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tensorpager.planner import Budgets, plan
     from tensorpager.pretrained import from_pretrained
     from tensorpager.reorder import Choices
+    from tensorpager.resume import committed, resume
     from tensorpager.schedule import Schedule
     from tensorpager.tracing import trace
 
@@ -67,10 +68,12 @@ __all__ = [
     "Trace",
     "TraceError",
     "__version__",
+    "committed",
     "from_pretrained",
     "page",
     "plan",
     "profile",
+    "resume",
     "this_machine",
     "trace",
 ]
@@ -84,7 +87,9 @@ _HOME = {
     "from_pretrained": "tensorpager.pretrained",
     "Schedule": "tensorpager.schedule",
     "Trace": "tensorpager.operator_trace",
+    "committed": "tensorpager.resume",
     "page": "tensorpager.pager",
+    "resume": "tensorpager.resume",
     "plan": "tensorpager.planner",
     "profile": "tensorpager.hardware",
     "this_machine": "tensorpager.measured_hardware",

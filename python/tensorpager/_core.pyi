@@ -201,7 +201,7 @@ class Pager:
         driver_library: str = "",
         transport: str = "auto",
         cufile_library: str = "",
-        pagefile: Pagefile = None,
+        pagefile: Pagefile | None = None,
     ) -> None:
         """
         Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: 'auto' (cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the spill, so that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
@@ -248,7 +248,7 @@ class Pager:
         """
         Drain transfers, fail those who wait, free the memory. Idempotent.
         """
-    def commit(self, metadata: str) -> None:
+    def commit(self, metadata: bytes) -> None:
         """
         Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the drive; nobody may write to the pages meanwhile. ValueError without a pagefile, or when a page was written to all the same; IoError, and then the commit before is whole; KeyboardInterrupt.
         """

@@ -16,7 +16,7 @@ from tensorpager.spill import copy_into, dense_strides, tensor_at
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["Group", "Slot", "collect", "move_group"]
+__all__ = ["Group", "Slot", "collect", "move_group", "swap"]
 
 Moved = Callable[[torch.nn.Parameter, PagedTensor], None]
 Owners = list[tuple[torch.nn.Module, str]]
@@ -43,10 +43,11 @@ class Group:
     written: bool = False  # its values are at the address already
 
 
-def collect(model: torch.nn.Module) -> list[Group]:
+def collect(model: torch.nn.Module, *, meta: bool = False) -> list[Group]:
     """Every parameter of the model that holds bytes, once, in the order of its modules. Changes nothing.
 
-    PagedTensorError for one that can't be paged, and when there is none.
+    meta: they may be on the meta device; then the groups say nothing. PagedTensorError for one that can't be paged, and
+    when there is none.
     """
     slots: dict[int, Slot] = {}
     for module_name, module in model.named_modules():
@@ -56,7 +57,7 @@ def collect(model: torch.nn.Module) -> list[Group]:
             slot = slots.get(id(parameter))
             if slot is None:
                 full_name = f"{module_name}.{name}" if module_name else name
-                _refuse_unpageable(full_name, parameter)
+                _refuse_unpageable(full_name, parameter, meta)
                 slot = slots[id(parameter)] = Slot(full_name, parameter, [])
             slot.owners.append((module, name))
     by_storage: dict[int, list[Slot]] = {}
@@ -69,16 +70,16 @@ def collect(model: torch.nn.Module) -> list[Group]:
     return [group for sharing in by_storage.values() for group in _overlapping(sharing)]
 
 
-def _refuse_unpageable(name: str, parameter: torch.nn.Parameter) -> None:
+def _refuse_unpageable(name: str, parameter: torch.nn.Parameter, meta: bool) -> None:
     kind: type[torch.Tensor] = type(parameter)
     why = None
     if kind is PagedTensor:
         why = "is paged already"
     elif kind is not torch.nn.Parameter:
         why = f"is of the subclass {kind.__name__}, whose memory is its own business; page its inner tensors instead"
-    elif parameter.device.type == "meta":
+    elif parameter.device.type == "meta" and not meta:
         why = "is on the meta device and has no values; use from_pretrained(), or load the model first"
-    elif parameter.device.type != "cpu":
+    elif parameter.device.type not in ("cpu", "meta"):
         why = f"is on {parameter.device}; move the model to the CPU before page()"
     elif parameter.layout is not torch.strided or parameter.is_quantized:
         why = f"is sparse or quantized ({parameter.layout}, {parameter.dtype}); only dense tensors can be paged"
@@ -125,7 +126,7 @@ def move_group(core: Core, group: Group, moved: Moved) -> int:
         plain = tensor_at(core, group.address, shape, strides, source.dtype)
         if not group.written:
             copy_into(core, plain, source)
-        _swap(core, slot, plain, moved)
+        swap(core, slot, plain, moved)
         return 1
     first = group.slots[0].parameter.detach()
     start_bytes = first.storage_offset() * first.element_size() - group.slots[0].offset_bytes
@@ -142,11 +143,12 @@ def move_group(core: Core, group: Group, moved: Moved) -> int:
             tuple(parameter.shape),
             tuple(parameter.stride()),
         )
-        _swap(core, slot, typed, moved)
+        swap(core, slot, typed, moved)
     return len(group.slots)
 
 
-def _swap(core: Core, slot: Slot, plain: torch.Tensor, moved: Moved) -> None:
+def swap(core: Core, slot: Slot, plain: torch.Tensor, moved: Moved) -> None:
+    """Put a paged parameter over `plain` wherever the model has the slot's. PagedTensorError when a module refuses."""
     original = slot.parameter
     paged = make_paged(plain, Backing(core, slot.name), parameter=True, requires_grad=original.requires_grad)
     paged.__dict__.update({name: value for name, value in vars(original).items() if name not in vars(paged)})

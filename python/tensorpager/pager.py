@@ -16,6 +16,7 @@ import torch
 
 from tensorpager.backward import BackwardHook
 from tensorpager.budget import format_bytes, parse_bytes
+from tensorpager.commit import Committer
 from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
 from tensorpager.errors import BudgetError, PagedTensorError
 from tensorpager.moving import Group, collect, move_group
@@ -24,15 +25,26 @@ from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
 from tensorpager.private_file import write_private
 from tensorpager.quantised import QuantisedWeights
 from tensorpager.spill import SpillArena, aligned_size, choose_directory
+from tensorpager.store import Store, create_pagefile
 from tensorpager.training import Training, check_optimizers
 from tensorpager.windows import EnterHook, EnterUnguardedHook, LeaveHook, Window, drop_abandoned_calls
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from tensorpager._core import Pagefile, Region
     from tensorpager._core import Pager as Core
 
-__all__ = ["Pager", "install", "make_core", "page"]
+__all__ = [
+    "ModuleWindow",
+    "Pager",
+    "attach_training",
+    "checked_optimizers",
+    "install",
+    "make_core",
+    "make_windows",
+    "page",
+]
 
 
 class Pager:
@@ -58,6 +70,9 @@ class Pager:
         self._spilled_bytes = spilled_bytes
         self._quantised_bytes = quantised_bytes
         self._training: Training | None = None
+        self._committer: Committer | None = None
+        #: What commit() was given, after resume(); None otherwise.
+        self.state: Any = None
 
     @property
     def closed(self) -> bool:
@@ -109,6 +124,23 @@ class Pager:
         training.begin(self._director)
         self._director.trains = True
         self._training = training
+
+    def commit(self, state: object = None) -> int:
+        """Make all of training as it is now the store's next commit. Returns its number.
+
+        Parameters, gradients, buffers, optimizer state and options, and the random states of torch (CPU), Python and
+        NumPy are in it; so is `state`, for what else resume() is to bring back: None, bools, numbers, strings, bytes,
+        small tensors, and lists, tuples and dicts of these, such as a scheduler's state_dict() and a position in the
+        data. Call it between steps, best after zero_grad(): gradients that nobody refers to need not be written.
+
+        Blocks until it is on the drive; until then the commit before is what resume() finds. Only pages that changed
+        are written. Nobody may write to the model meanwhile. Raises IoError (the last commit is whole, and nothing in
+        memory is lost); PagedTensorError without a store; TypeError for a state that can't be kept; ClosedError.
+        """
+        if self._committer is None:
+            msg = "commit() needs a store and an optimizer: page(model, optimizer, store=directory)"
+            raise PagedTensorError(msg)
+        return self._committer.commit(state)
 
     def _certificate(self) -> dict[str, int | float] | None:
         schedule = self._director.schedule
@@ -187,8 +219,9 @@ def make_core(
     page_bytes: int = 0,
     device: Device = None,
     host_budget: int | str | None = None,
+    pagefile: Pagefile | None = None,
 ) -> Core:
-    """A core with all frames of the budgets.
+    """A core with all frames of the budgets. `pagefile`: taken over, and `store` means nothing then.
 
     BudgetError, MemoryMapError, EngineError, DeviceError, PagedTensorError, IoError, ValueError.
     """
@@ -203,7 +236,8 @@ def make_core(
         budget_bytes=device_budget_bytes(budget, number),
         page_bytes=page_bytes,
         engine=engine,
-        spill_directory=choose_directory(store),
+        spill_directory="" if pagefile is not None else choose_directory(store),
+        pagefile=pagefile,
         device=number,
         host_budget_bytes=0 if host_budget is None else parse_bytes(host_budget),
     )
@@ -214,7 +248,7 @@ def page(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     budget: int | str = "1GiB",
-    store: str | os.PathLike[str] | None = None,
+    store: Store | None = None,
     engine: str = "auto",
     page_bytes: int = 0,
     device: Device = None,
@@ -227,9 +261,14 @@ def page(
     paged too, and training needs no more RAM than the budget, activations, and one gradient at a time; the trained
     weights are the same, bit for bit. step() updates as many parameters at a time as half of the budget holds.
 
-    budget: bytes, or a text such as "1GiB". store: directory for the spill file, which has no name and is gone when the
-    process ends; by default the first of $TMPDIR, /var/tmp and the working directory that is on a disk. engine: "auto",
-    "uring" or "pread". page_bytes: 0, or a power of two from 2 MiB to 64 MiB.
+    store, with an optimizer: the directory, made if it is not there, or directories, whose drives share the pages, in
+    which training survives. pager.commit() makes all that is trained durable there, and resume() goes on from the last
+    commit; the first is made here. A directory that has a commit is refused. Without an optimizer: the directory for
+    the spill file, which has no name and is gone when the process ends; by default the first of $TMPDIR, /var/tmp and
+    the working directory that is on a disk.
+
+    budget: bytes, or a text such as "1GiB". engine: "auto", "uring" or "pread". page_bytes: 0, or a power of two from
+    2 MiB to 64 MiB.
 
     device: None for RAM, or a CUDA device ("cuda", "cuda:1", 1). Then the budget is of its memory, "auto" for what it
     has free less a reserve for torch (`device.AUTO_RESERVE_SHARE`), and host_budget (1 GiB by default) is RAM,
@@ -251,12 +290,25 @@ def page(
     for; TypeError for what is no optimizer;
     IoError, EngineError, DeviceError, MemoryMapError, ValueError.
     """
-    optimizers = _checked_optimizers(optimizer, device)
+    optimizers = checked_optimizers(optimizer, device)
     groups = collect(model)
-    core = make_core(budget, store, engine, page_bytes, device, host_budget)
+    pagefile = None
+    if optimizers and store is not None:
+        if stored_as is not None:
+            msg = "weights that are stored_as codes end with the process, so they can't be trained in a store"
+            raise PagedTensorError(msg)
+        from tensorpager._core import choose_host_page_bytes
+
+        pagefile = create_pagefile(store, page_bytes or choose_host_page_bytes(parse_bytes(budget)))
+        page_bytes = pagefile.page_bytes
+    spill = None if pagefile is not None else _one_directory(store)
+    core = make_core(budget, spill, engine, page_bytes, device, host_budget, pagefile)
     try:
-        weights = None if stored_as is None else QuantisedWeights(core, store, stored_as)
-        return _page(model, core, groups, optimizers, weights)
+        weights = None if stored_as is None else QuantisedWeights(core, spill, stored_as)
+        pager = _page(model, core, groups, optimizers, weights, durable=pagefile is not None)
+        if pagefile is not None:
+            pager.commit()
+        return pager
     except BaseException:
         core.close()
         raise
@@ -268,9 +320,12 @@ def _page(
     groups: list[Group],
     optimizers: list[torch.optim.Optimizer],
     weights: QuantisedWeights | None,
+    *,
+    durable: bool,
 ) -> Pager:
     quantised_bytes = 0 if weights is None else _place_quantised(groups, weights)
-    arena = SpillArena(core)
+    regions: list[Region] = []
+    arena = SpillArena(core, regions)
     exact = [group for group in groups if group.address is None]
     arena.reserve(sum(aligned_size(group.size_bytes) for group in exact))
     for group in exact:
@@ -280,20 +335,46 @@ def _page(
         assert group.address is not None
         for slot in group.slots:
             spans[id(slot.parameter)] = (group.address + slot.offset_bytes, slot.size_bytes)
-    windows = _make_windows(model, core, spans)
+    windows = make_windows(model, core, spans)
     del spans, exact, group, slot  # or the originals would stay
     paged_bytes = sum(group.size_bytes for group in groups)
     tensor_count = 0
-    training = Training(core, optimizers) if optimizers else None
+    training = Training(core, optimizers, regions) if optimizers else None
     while groups:
         tensor_count += move_group(core, groups.pop(0), _ignore_moved if training is None else training.moved)
     pager = _attach(model, core, windows, paged_bytes, tensor_count, arena.size_bytes, quantised_bytes)
     if training is not None:
         pager._train(training)
+    if training is not None and durable:
+        pager._committer = Committer(core, model, training, regions)
     return pager
 
 
-def _checked_optimizers(optimizers: object, device: Device) -> list[torch.optim.Optimizer]:
+def attach_training(
+    model: torch.nn.Module,
+    core: Core,
+    windows: list[ModuleWindow],
+    paged_bytes: int,
+    tensor_count: int,
+    training: Training,
+    regions: list[Region],
+) -> Pager:
+    """Hook up a model whose training state is paged by `core`, which has a pagefile, already."""
+    pager = _attach(model, core, windows, paged_bytes, tensor_count, paged_bytes, 0)
+    pager._train(training)
+    pager._committer = Committer(core, model, training, regions)
+    return pager
+
+
+def _one_directory(store: Store | None) -> str | os.PathLike[str] | None:
+    if store is None or isinstance(store, (str, os.PathLike)):
+        return store
+    msg = "several directories are for a store, which keeps what an optimizer trains; spill goes to one"
+    raise ValueError(msg)
+
+
+def checked_optimizers(optimizers: object, device: Device) -> list[torch.optim.Optimizer]:
+    """As a list. PagedTensorError, TypeError as for page()."""
     if optimizers is None:
         return []
     given: list[Any] = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
@@ -325,7 +406,7 @@ def install(model: torch.nn.Module, core: Core, spilled_bytes: int, quantised_by
     """Hook up a model whose parameters are paged by `core` already. BudgetError as for page()."""
     paged = {id(parameter): parameter for parameter in model.parameters() if isinstance(parameter, PagedTensor)}
     spans = {key: span_of(parameter) for key, parameter in paged.items()}
-    windows = _make_windows(model, core, spans)
+    windows = make_windows(model, core, spans)
     paged_bytes = sum(size_bytes for _, size_bytes in set(spans.values()))
     return _attach(model, core, windows, paged_bytes, len(paged), spilled_bytes, quantised_bytes)
 
@@ -338,7 +419,9 @@ _UNGUARDED = (torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention, tor
 
 
 @dataclass
-class _ModuleWindow:
+class ModuleWindow:
+    """A module, and what is held while it runs."""
+
     module: torch.nn.Module
     owners: list[torch.nn.Module]  # of the parameters it holds: the module or its children
     window: Window
@@ -348,10 +431,10 @@ def _is_unguarded(module: torch.nn.Module, kinds: tuple[type[torch.nn.Module], .
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
-def _make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int, int]]) -> list[_ModuleWindow]:
+def make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int, int]]) -> list[ModuleWindow]:
     """A window for each module that owns some of the parameters (spans: by id) and whose children own none."""
     owning = {id(module) for module in model.modules() if _owned(module, spans)}
-    windows: list[_ModuleWindow] = []
+    windows: list[ModuleWindow] = []
     covered: set[int] = set()  # modules inside of one that has a window for all of its children
     for name, module in model.named_modules():
         inner_owning = [inner for inner in module.modules() if id(inner) in owning]
@@ -367,7 +450,7 @@ def _make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int
         ranges = _ranges(inner_owning, spans)
         set_id = core.add_set(ranges, shown_name)
         _throw_if_too_large(core, set_id, shown_name, sum(size_bytes for _, size_bytes in ranges))
-        windows.append(_ModuleWindow(module, inner_owning, Window(core, set_id, shown_name)))
+        windows.append(ModuleWindow(module, inner_owning, Window(core, set_id, shown_name)))
     return windows
 
 
@@ -406,7 +489,7 @@ def _throw_if_too_large(core: Core, set_id: int, name: str, size_bytes: int) -> 
 def _attach(
     model: torch.nn.Module,
     core: Core,
-    windows: list[_ModuleWindow],
+    windows: list[ModuleWindow],
     paged_bytes: int,
     tensor_count: int,
     spilled_bytes: int,

@@ -19,6 +19,7 @@ from tensorpager.paged_tensor import Backing, PagedTensor, make_paged
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
+    from tensorpager._core import Region
 
 __all__ = [
     "SPILL_ALIGN_BYTES",
@@ -90,10 +91,11 @@ def copy_into(core: Core, destination: torch.Tensor, source: torch.Tensor) -> No
 
 
 class SpillArena:
-    """Hands out places in spill regions, in order. Not for concurrent use."""
+    """Hands out places in spill regions, in order. Not for concurrent use. `regions`: told of each one it makes."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, regions: list[Region] | None = None) -> None:
         self._core = core
+        self._regions = regions
         self._next_address = 0
         self._end_address = 0
         self.size_bytes = 0  # handed out
@@ -101,8 +103,19 @@ class SpillArena:
     def reserve(self, size_bytes: int) -> None:
         """Make the next size_bytes of places lie in one region. MemoryMapError, ClosedError."""
         region = self._core.map_spill(size_bytes)
+        if self._regions is not None:
+            self._regions.append(region)
         self._next_address = region.address
         self._end_address = region.address + size_bytes
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """The addresses between which the next places lie, while they do."""
+        return self._next_address, self._end_address
+
+    def go_on(self, next_address: int, end_address: int, size_bytes: int) -> None:
+        """As an arena of an earlier process, whose room and size_bytes these were."""
+        self._next_address, self._end_address, self.size_bytes = next_address, end_address, size_bytes
 
     def place(self, size_bytes: int, align_bytes: int = SPILL_ALIGN_BYTES) -> int:
         """The address of a new place, a multiple of align_bytes (at most a page); zero until written."""

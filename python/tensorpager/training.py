@@ -32,6 +32,7 @@ from tensorpager.windows import Hook, Window
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
+    from tensorpager._core import Region
     from tensorpager.passes import PassDirector
 
 __all__ = ["Training", "check_optimizers"]
@@ -83,9 +84,11 @@ def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 class Training:
     """The gradients and the optimizer state of one model. Made before its parameters move; see the head of the file."""
 
-    def __init__(self, core: Core, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, core: Core, optimizers: Iterable[torch.optim.Optimizer], regions: list[Region] | None = None
+    ) -> None:
         self._core = core
-        self._arena = SpillArena(core)
+        self.arena = SpillArena(core, regions)
         self._optimizers = list(optimizers)
         self._slots: dict[int, list[tuple[list[torch.Tensor], int]]] = {}  # in the optimizers' groups, by parameter
         for optimizer in self._optimizers:
@@ -93,13 +96,18 @@ class Training:
                 for index, parameter in enumerate(group["params"]):
                     self._slots.setdefault(id(parameter), []).append((group["params"], index))
         self._window = Window(core, -1, "optimizer step")  # what a group of step() holds
-        self._places = Places(core, self._arena, self._window)
+        self.places = Places(core, self.arena, self._window)
         self._names: dict[int, str] = {}
 
     @property
     def size_bytes(self) -> int:
         """What gradients and optimizer state take of the address space."""
-        return self._arena.size_bytes
+        return self.arena.size_bytes
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those it was given."""
+        return list(self._optimizers)
 
     def moved(self, original: torch.Tensor, paged: PagedTensor) -> None:
         """A parameter has moved: its optimizers get the paged one, with the state they had for it."""
@@ -133,7 +141,7 @@ class Training:
             if not _moves(gradient):
                 return
             assert gradient is not None
-            parameter.grad = self._places.copy_in(gradient.detach(), f"{self._name(parameter)}.grad")
+            parameter.grad = self.places.copy_in(gradient.detach(), f"{self._name(parameter)}.grad")
 
     def _name(self, parameter: torch.Tensor) -> str:
         return self._names.get(id(parameter), "parameter")
@@ -175,7 +183,7 @@ class Training:
             return
         for key, value in state.items():
             if _moves(value):
-                state[key] = self._places.copy_in(value, f"{self._name(parameter)}.{key}")
+                state[key] = self.places.copy_in(value, f"{self._name(parameter)}.{key}")
 
 
 def _moves(value: object) -> bool:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`resume()`: go on training from the last commit of a store, and `committed()`: whether there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from tensorpager.commit import kept_buffers, set_random_states
+from tensorpager.errors import CheckpointError, PagedTensorError
+from tensorpager.moving import Slot, collect, swap
+from tensorpager.pager import Pager, attach_training, checked_optimizers, make_core, make_windows
+from tensorpager.spill import tensor_at
+from tensorpager.store import Store, open_pagefile, store_directories
+from tensorpager.training import Training
+from tensorpager.training_record import AddressBook, Entry, StoredTensor, TrainingRecord, Value
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+
+__all__ = ["committed", "resume"]
+
+
+def committed(store: Store) -> int:
+    """The number of a store's last commit; 0 when it has none, or is no store. IoError when it can't be read."""
+    directories = store_directories(store)
+    if not (Path(directories[0]) / "root.tensorpager").exists():
+        return 0
+    pagefile = open_pagefile(directories)
+    try:
+        return pagefile.commit_number if pagefile.metadata else 0
+    finally:
+        pagefile.close()
+
+
+def resume(
+    store: Store,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    *,
+    budget: int | str = "1GiB",
+    engine: str = "auto",
+) -> Pager:
+    """Go on training from the last commit of `store`. Nothing is copied: its pages come in as they are needed.
+
+    model and optimizer: made as for page(), with the same parameters, groups and class of optimizer; their values don't
+    matter, and the model may be on the meta device. Parameters, gradients, buffers, optimizer state and options, and
+    the random states of torch (CPU), Python and NumPy become those of the commit; pager.state is what commit() was
+    given, for the scheduler and the data's position. Make a learning rate scheduler before this, and load its state
+    after. The budget may be another one; the pages keep their size.
+
+    Then training goes on as if it had not stopped, bit for bit. Raises IoError when there is no store, or it is open
+    elsewhere; CheckpointError when it has no commit that this release can read; PagedTensorError when model or
+    optimizer are not those of the commit; and what page() raises. Model and optimizer are then not to be used.
+    """
+    optimizers = checked_optimizers(optimizer, None)
+    directories = store_directories(store)
+    where = directories[0]
+    pagefile = open_pagefile(directories)
+    try:
+        if not pagefile.metadata:
+            msg = f"{where} has no commit yet: page() was interrupted before its first; call page() again"
+            raise CheckpointError(msg, path=where, rule="no-commit")
+        record = TrainingRecord.from_bytes(pagefile.metadata, where)
+        if record.page_bytes != pagefile.page_bytes or sum(record.regions) != pagefile.page_count:
+            msg = f"{where}: the record of its last commit is of another pagefile"
+            raise CheckpointError(msg, path=where, rule="training-record")
+        slots = _matched_slots(model, record, where)
+        _check_groups(model, optimizers, record, where)
+        core = make_core(budget, None, engine, record.page_bytes, pagefile=pagefile)
+    except BaseException:
+        pagefile.close()
+        raise
+    try:
+        return _resume(model, core, slots, optimizers, record)
+    except BaseException:
+        core.close()
+        raise
+
+
+def _resume(
+    model: torch.nn.Module,
+    core: Core,
+    slots: list[tuple[Slot, StoredTensor]],
+    optimizers: list[torch.optim.Optimizer],
+    record: TrainingRecord,
+) -> Pager:
+    regions = [core.map_spill(pages * core.page_bytes) for pages in record.regions]
+    book = AddressBook(core.page_bytes, regions)
+    spans = {id(slot.parameter): (book.address(at.page, at.offset_bytes), at.span_bytes) for slot, at in slots}
+    windows = make_windows(model, core, spans)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    training = Training(core, optimizers, regions)
+    paged_bytes = sum(size_bytes for _, size_bytes in set(spans.values()))
+    tensor_count = len(slots)
+    del spans
+    while slots:
+        slot, at = slots.pop()
+        plain = tensor_at(core, book.address(at.page, at.offset_bytes), at.shape, at.strides, at.dtype)
+        slot.parameter.grad = None
+        swap(core, slot, plain, training.moved)
+    restorer = _Restorer(core, training, book)
+    restorer.restore(model, optimizers, record)
+    pager = attach_training(model, core, windows, paged_bytes, tensor_count, training, regions)
+    pager.state = record.state
+    set_random_states(record.random)
+    return pager
+
+
+class _Restorer:
+    """Puts what a record says into model and optimizers."""
+
+    def __init__(self, core: Core, training: Training, book: AddressBook) -> None:
+        self._core = core
+        self._training = training
+        self._book = book
+
+    def restore(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], record: TrainingRecord) -> None:
+        places, arena = self._training.places, self._training.arena
+        for name, size_bytes, page, offset_bytes in record.free:
+            places.add_free(name, size_bytes, self._book.address(page, offset_bytes))
+        if record.room is not None:
+            page, offset_bytes, size_bytes = record.room
+            begin = self._book.address(page, offset_bytes)
+            arena.go_on(begin, begin + size_bytes, record.training_bytes)
+        else:
+            arena.go_on(0, 0, record.training_bytes)
+        parameters = dict(model.named_parameters())
+        for name, entry in record.gradients.items():
+            with torch._C.DisableTorchFunctionSubclass():
+                parameters[name].grad = self._tensor(f"{name}.grad", entry)
+        for name, owner, own_name in kept_buffers(model):
+            buffer = owner._buffers[own_name]
+            assert buffer is not None
+            entry = record.buffers[name]
+            value = self._tensor(f"{name} (buffer)", entry)
+            if buffer.device.type == "meta":
+                owner._buffers[own_name] = value.clone()
+            else:
+                buffer.detach().copy_(value)
+        for optimizer, kept in zip(optimizers, record.optimizers, strict=True):
+            for group, options in zip(optimizer.param_groups, kept.groups, strict=True):
+                group.update({key: value for key, value in options.items() if key != "params"})
+            for name, values in kept.state.items():
+                optimizer.state[parameters[name]] = {
+                    key: self._tensor(f"{name}.{key}", entry) for key, entry in values.items()
+                }
+
+    def _tensor(self, name: str, entry: Entry) -> Any:
+        if isinstance(entry, Value):
+            return entry.value
+        address = self._book.address(entry.page, entry.offset_bytes)
+        return self._training.places.adopt(name, address, entry.shape, entry.strides, entry.dtype)
+
+
+# -- is it the same model? ---------------------------------------------------------------------------------------------
+
+
+def _matched_slots(model: torch.nn.Module, record: TrainingRecord, where: str) -> list[tuple[Slot, StoredTensor]]:
+    groups = collect(model, meta=True)
+    slots = {slot.name: slot for group in groups for slot in group.slots}
+    named = dict(model.named_parameters())
+    _compare_names("parameters", set(named), set(record.parameters), where)
+    _compare_names("buffers", {name for name, _, _ in kept_buffers(model)}, set(record.buffers), where)
+    matched = []
+    for name, entry in record.parameters.items():
+        given = named[name]
+        shape, dtype = (
+            (entry.shape, entry.dtype)
+            if isinstance(entry, StoredTensor)
+            else (tuple(entry.value.shape), entry.value.dtype)
+        )
+        if tuple(given.shape) != tuple(shape) or given.dtype != dtype:
+            _differs(
+                where,
+                f"parameter '{name}' is of shape {tuple(given.shape)} and {given.dtype}; there it is {tuple(shape)} "
+                f"and {dtype}",
+            )
+        if isinstance(entry, StoredTensor):
+            if name not in slots:
+                _differs(where, f"parameter '{name}' is shared with another one; there it is not")
+            matched.append((slots[name], entry))
+    for name, owner, own_name in kept_buffers(model):
+        buffer, kept = owner._buffers[own_name], record.buffers[name]
+        assert buffer is not None
+        shape = kept.shape if isinstance(kept, StoredTensor) else tuple(kept.value.shape)
+        if tuple(buffer.shape) != tuple(shape):
+            _differs(where, f"buffer '{name}' is of shape {tuple(buffer.shape)}; there it is {tuple(shape)}")
+    return matched
+
+
+def _check_groups(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], record: TrainingRecord, where: str
+) -> None:
+    if len(optimizers) != len(record.optimizers):
+        _differs(where, f"{len(optimizers)} optimizers are given; there are {len(record.optimizers)}")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer, kept in zip(optimizers, record.optimizers, strict=True):
+        if type(optimizer).__name__ != kept.kind:
+            _differs(where, f"the optimizer is {type(optimizer).__name__}; there it is {kept.kind}")
+        given = [[names.get(id(each), "?") for each in group["params"]] for group in optimizer.param_groups]
+        if given != [group["params"] for group in kept.groups]:
+            _differs(where, f"the groups of {kept.kind} hold other parameters, or in another order, than there")
+
+
+def _compare_names(what: str, given: set[str], kept: set[str], where: str) -> None:
+    if given == kept:
+        return
+    only_given, only_kept = sorted(given - kept)[:3], sorted(kept - given)[:3]
+    _differs(
+        where,
+        f"the {what} are others: only in the model {', '.join(only_given) or 'none'}; only there "
+        f"{', '.join(only_kept) or 'none'}",
+    )
+
+
+def _differs(where: str, what: str) -> NoReturn:
+    msg = f"model and optimizer are not those of the commit in {where}: {what}. Make them as the run there did"
+    raise PagedTensorError(msg)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store: the directory, or directories, in which a pagefile keeps what must survive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tensorpager.errors import IoError
+
+if TYPE_CHECKING:
+    from tensorpager._core import Pagefile
+
+__all__ = ["Store", "create_pagefile", "open_pagefile", "store_directories"]
+
+Store = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_FILES = ("root.tensorpager", "root.tensorpager.new", "pages.tensorpager", "lock.tensorpager")
+
+
+def store_directories(store: Store) -> list[str]:
+    """The directories of a store, the first of which has its root. ValueError when there is none."""
+    directories = [os.fspath(store)] if isinstance(store, (str, os.PathLike)) else [os.fspath(each) for each in store]
+    if not directories or not all(directories):
+        msg = "a store is a directory, or a sequence of directories; none was named"
+        raise ValueError(msg)
+    return directories
+
+
+def create_pagefile(store: Store, page_bytes: int) -> Pagefile:
+    """A new pagefile; directories that are not there are made, mode 0700, but not their parents.
+
+    IoError when one is there that has a commit, or is open; one whose creation was interrupted is replaced.
+    """
+    from tensorpager._core import Pagefile
+
+    directories = store_directories(store)
+    for directory in directories:
+        _make_directory(directory)
+    if (Path(directories[0]) / _FILES[0]).exists():
+        _remove_uncommitted(directories)
+    return Pagefile.create(directories, page_bytes=page_bytes)
+
+
+def _make_directory(directory: str) -> None:
+    try:
+        Path(directory).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        msg = f"could not make the directory {directory} for a store: {error.strerror}"
+        raise IoError(error.errno or 0, msg) from error
+
+
+def _remove_uncommitted(directories: list[str]) -> None:
+    pagefile = open_pagefile(directories)
+    try:
+        if pagefile.metadata:
+            msg = (
+                f"{directories[0]} holds a training run already, at commit {pagefile.commit_number}: go on with it by "
+                "resume(), name another directory, or remove that one"
+            )
+            raise IoError(17, msg)
+        for directory in directories:  # while its lock is held: nobody else is there
+            for name in _FILES:
+                (Path(directory) / name).unlink(missing_ok=True)
+    finally:
+        pagefile.close()
+
+
+def open_pagefile(directories: list[str]) -> Pagefile:
+    """The last commit. IoError."""
+    from tensorpager._core import Pagefile
+
+    return Pagefile.open(directories)
