@@ -269,6 +269,8 @@ tp::PageId page_of(OwnedPagefile& self, std::uint32_t page) {
 }
 
 void bind_pagefile(py::module_& module) {
+  module.def("choose_host_page_bytes", &tp::choose_host_page_bytes, py::arg("budget_bytes"),
+             "The page size of a host pager with this budget, unless another is asked for.");
   py::class_<tp::DamagedPage>(module, "DamagedPage",
                               "A page of a pagefile whose bytes are not those that were written.")
       .def_property_readonly("page", [](const tp::DamagedPage& self) { return self.page.value; })
@@ -413,6 +415,23 @@ void bind_probe(py::module_& module) {
              "What the directory's file system offers; IoError if it can't be written.");
 }
 
+void bind_pager_commits(py::class_<Pager>& pager) {
+  pager
+      .def(
+          "commit",
+          [](Pager& self, const py::bytes& metadata) {
+            const std::string_view view = metadata;
+            const py::gil_scoped_release no_gil;
+            self.commit(std::as_bytes(std::span(view)), interrupted());
+          },
+          py::arg("metadata"),
+          "Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the "
+          "drive; nobody may write to the pages meanwhile. ValueError without a pagefile, or when a page was written "
+          "to "
+          "all the same; IoError, and then the commit before is whole; KeyboardInterrupt.")
+      .def_property_readonly("commit_number", &Pager::commit_number, "Of the last commit; 0 before the first.");
+}
+
 void bind_pager_paging(py::class_<Pager>& pager) {
   pager
       .def("add_set", &add_set, py::arg("ranges"), py::arg("name"),
@@ -443,19 +462,6 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           "written "
           "to them may be lost. Pages in use, of files and on a device stay as they are. Returns how many were "
           "discarded. ValueError.")
-      .def(
-          "commit",
-          [](Pager& self, const py::bytes& metadata) {
-            const std::string_view view = metadata;
-            const py::gil_scoped_release no_gil;
-            self.commit(std::as_bytes(std::span(view)), interrupted());
-          },
-          py::arg("metadata"),
-          "Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the "
-          "drive; nobody may write to the pages meanwhile. ValueError without a pagefile, or when a page was written "
-          "to "
-          "all the same; IoError, and then the commit before is whole; KeyboardInterrupt.")
-      .def_property_readonly("commit_number", &Pager::commit_number, "Of the last commit; 0 before the first.")
       .def(
           "wanted",
           [](Pager& self, std::uintptr_t address, std::uint64_t size_bytes) {
@@ -604,6 +610,15 @@ void bind_quantised_file(py::module_& module) {
       .def_property_readonly("size_bytes", &tp::QuantisedFile::size_bytes);
 }
 
+void bind_region(py::module_& module) {
+  py::class_<tp::Region>(module, "Region", "Part of the address space backed by one file or by spill.")
+      .def_property_readonly("address",
+                             [](const tp::Region& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
+      .def_readonly("size_bytes", &tp::Region::size_bytes)
+      .def_property_readonly("first_page", [](const tp::Region& self) { return self.pages.first; })
+      .def_property_readonly("page_count", [](const tp::Region& self) { return self.pages.count; });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -625,18 +640,11 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.attr("PAGE_STATES") = states;
 
   bind_probe(module);
-  py::class_<tp::Region>(module, "Region", "Part of the address space backed by one file or by spill.")
-      .def_property_readonly("address",
-                             [](const tp::Region& self) { return reinterpret_cast<std::uintptr_t>(self.address); })
-      .def_readonly("size_bytes", &tp::Region::size_bytes)
-      .def_property_readonly("first_page", [](const tp::Region& self) { return self.pages.first; })
-      .def_property_readonly("page_count", [](const tp::Region& self) { return self.pages.count; });
+  bind_region(module);
 
   bind_ticket(module);
   bind_quantised_file(module);
   bind_pagefile(module);
-  module.def("choose_host_page_bytes", &tp::choose_host_page_bytes, py::arg("budget_bytes"),
-             "The page size of a host pager with this budget, unless another is asked for.");
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager
@@ -675,6 +683,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           },
           py::arg("address"));
   bind_pager_paging(pager);
+  bind_pager_commits(pager);
   bind_pager_schedules(pager);
   bind_pager_facts(pager);
 }

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tensorpager.planner import Budgets, plan
     from tensorpager.pretrained import from_pretrained
     from tensorpager.reorder import Choices
-    from tensorpager.resume import committed, resume
+    from tensorpager.resumption import committed, resume
     from tensorpager.schedule import Schedule
     from tensorpager.tracing import trace
 
@@ -87,9 +87,9 @@ _HOME = {
     "from_pretrained": "tensorpager.pretrained",
     "Schedule": "tensorpager.schedule",
     "Trace": "tensorpager.operator_trace",
-    "committed": "tensorpager.resume",
+    "committed": "tensorpager.resumption",
     "page": "tensorpager.pager",
-    "resume": "tensorpager.resume",
+    "resume": "tensorpager.resumption",
     "plan": "tensorpager.planner",
     "profile": "tensorpager.hardware",
     "this_machine": "tensorpager.measured_hardware",

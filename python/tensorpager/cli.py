@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `tensorpager` command: `doctor` says what this machine offers, `demo` pages a model, `plan` predicts."""
+"""The `tensorpager` command: `doctor` says what this machine offers, `demo` pages a model, `plan` predicts.
+
+`verify` and `export` read what training has left in a store.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from tensorpager import __version__
@@ -69,6 +72,20 @@ def _parser() -> argparse.ArgumentParser:
         "drive and no GPU. Exit status 0 when the work can run within the budget, else 1.",
     )
     add_plan_arguments(planned)
+    verify = commands.add_parser(
+        "verify",
+        help="check every page of a store's last commit",
+        description="Reads every page of a store's last commit and checks that its bytes are those that were written. "
+        "Exit status 0 when all are, else 1, with the pages that are not.",
+    )
+    verify.add_argument("store", nargs="+", help="the store's directories, in the order in which training named them")
+    export = commands.add_parser(
+        "export",
+        help="write the weights of a store's last commit to a safetensors file",
+        description="Writes parameters and buffers of a store's last commit to a safetensors file, mode 0600.",
+    )
+    export.add_argument("store", nargs="+", help="the store's directories, in the order in which training named them")
+    export.add_argument("--output", "-o", required=True, help="the file to make; it must not be there")
     return parser
 
 
@@ -105,4 +122,32 @@ def _demo(options: argparse.Namespace, out: TextIO) -> int:
     )
 
 
-_COMMANDS = {"doctor": _doctor, "demo": _demo, "plan": run_plan}
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """On stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        sys.stderr.write(f"\r{what} {done * 100 // max(total, 1)} %" + ("\n" if done == total else ""))
+
+    return show
+
+
+def _verify(options: argparse.Namespace, out: TextIO) -> int:
+    from tensorpager.export import verify_store
+
+    pages, damaged = verify_store(options.store, _progress("verified"))
+    out.writelines(f"page {each.page} at offset {each.offset_bytes} of {each.file}: {each.why}\n" for each in damaged)
+    out.write(f"{pages} pages read, {len(damaged)} damaged\n")
+    return 1 if damaged else 0
+
+
+def _export(options: argparse.Namespace, out: TextIO) -> int:
+    from tensorpager.export import export_store
+
+    size_bytes = export_store(options.store, options.output, _progress("written"))
+    out.write(f"{options.output}: {size_bytes} bytes\n")
+    return 0
+
+
+_COMMANDS = {"doctor": _doctor, "demo": _demo, "plan": run_plan, "verify": _verify, "export": _export}
