@@ -159,6 +159,16 @@ def test_a_model_on_the_meta_device_is_enough(tmp_path: Path) -> None:
         assert_same_training(model, optimizer, twin, twin_optimizer)
 
 
+def test_a_buffer_that_no_commit_has_must_be_there(tmp_path: Path) -> None:
+    model = Noisy()
+    with tp.page(model, torch.optim.SGD(model.parameters(), lr=1.0), budget="32MiB", store=tmp_path):
+        pass
+    with torch.device("meta"):
+        model = Noisy()
+    with pytest.raises(tp.PagedTensorError, match="'scratch' is on the meta device, and not persistent"):
+        tp.resume(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
 def test_pages_that_did_not_change_are_not_written_again(tmp_path: Path) -> None:
     model, optimizer = make()
     with tp.page(model, optimizer, budget="256MiB", store=tmp_path) as pager:

@@ -184,6 +184,9 @@ def _matched_slots(model: torch.nn.Module, record: TrainingRecord, where: str) -
             if name not in slots:
                 _differs(where, f"parameter '{name}' is shared with another one; there it is not")
             matched.append((slots[name], entry))
+    for name, given_buffer in model.named_buffers():
+        if given_buffer.device.type == "meta" and name not in record.buffers:
+            _differs(where, f"buffer '{name}' is on the meta device, and not persistent, so no commit has it")
     for name, owner, own_name in kept_buffers(model):
         buffer, kept = owner._buffers[own_name], record.buffers[name]
         assert buffer is not None
