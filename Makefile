@@ -51,7 +51,7 @@ demo: $(STAMPS)/extra-demo ## Run a model several times larger than its budget, 
 	$(BIN)/tensorpager demo $(DEMO_ARGS)
 
 .PHONY: demo-train
-demo-train: $(STAMPS)/extra-demo ## Train with a quarter of the memory, kill it in the middle, resume, and check every bit
+demo-train: $(STAMPS)/extra-demo ## Train with a quarter of the memory, kill, resume, and check every bit
 	$(BIN)/python examples/demo_train.py $(DEMO_ARGS)
 
 .PHONY: test
@@ -117,7 +117,8 @@ fuzz-canary: $(STAMPS)/extra-test $(STAMPS)/extra-fuzz ## Fuzz a parser with a p
 
 .PHONY: clean
 clean: ## Remove what was built, but not the virtual environment
-	rm -rf build dist .demo .demo-train finetune-run bench/.cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist .demo .demo-train finetune-run \
+	  bench/.cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # What the rules above stand on. A stamp's time says when the step was last done.
 

@@ -19,7 +19,7 @@ import tidy_rules
 from tidy_rules import Rule, TextFile
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("csrc", "python", "tests", "bench", "third_party", ".ci")
+FOLDERS = ("csrc", "python", "tests", "bench", "examples", "third_party", ".ci")
 SUFFIXES = {".py", ".pyi", ".cpp", ".hpp", ".cmake", ".md", ".toml", ".json", ".yaml", ".txt", ".c", ".h", ".cu"}
 TOP_LEVEL = {
     *FOLDERS,
@@ -31,6 +31,7 @@ TOP_LEVEL = {
 # Tests whose noun is not a source file's, and what they are about.
 NOUNS_OF_THEIR_OWN = {
     "conformance": "what every I/O engine owes to the contract in io_queue.hpp",
+    "examples": "the programs in examples/",
     "failure": "every result of the kernel failing in turn, through all of csrc/pager",
     "gpu_check": "bench/gpu_check.py and what it measures with",
     "gpu": "everything about a device, on a real one (gpu-marked)",

@@ -19,7 +19,7 @@ from tensorpager.errors import CheckpointError
 from tensorpager.private_file import open_private
 from tensorpager.spill import dense_strides
 from tensorpager.store import Store, open_pagefile, store_directories
-from tensorpager.training_record import StoredTensor, TrainingRecord, Value
+from tensorpager.training_record import StoredTensor, TrainingRecord, Value, record_of
 
 if TYPE_CHECKING:
     from tensorpager._core import DamagedPage, Pagefile
@@ -55,7 +55,7 @@ def verify_store(store: Store, progress: Progress | None = None) -> tuple[int, l
     directories = store_directories(store)
     pagefile = open_pagefile(directories)
     try:
-        _record(pagefile, directories[0])
+        record_of(pagefile, directories[0])
         stored = [page for page in range(pagefile.page_count) if pagefile.stored(page)]
         damaged = []
         for done, page in enumerate(stored):
@@ -82,24 +82,13 @@ def export_store(store: Store, path: str | os.PathLike[str], progress: Progress 
     pagefile = open_pagefile(directories)
     part = f"{os.fspath(path)}.part"
     try:
-        record = _record(pagefile, directories[0])
+        record = record_of(pagefile, directories[0])
         size_bytes = _write(pagefile, record, part, directories[0], progress)
         Path(part).replace(path)
     finally:
         Path(part).unlink(missing_ok=True)
         pagefile.close()
     return size_bytes
-
-
-def _record(pagefile: Pagefile, where: str) -> TrainingRecord:
-    if not pagefile.metadata:
-        msg = f"{where} has no commit yet"
-        raise CheckpointError(msg, path=where, rule="no-commit")
-    record = TrainingRecord.from_bytes(pagefile.metadata, where)
-    if record.page_bytes != pagefile.page_bytes or sum(record.regions) != pagefile.page_count:
-        msg = f"{where}: the record of its last commit is of another pagefile"
-        raise CheckpointError(msg, path=where, rule="training-record")
-    return record
 
 
 def _write(pagefile: Pagefile, record: TrainingRecord, part: str, where: str, progress: Progress | None) -> int:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from tensorpager.commit import kept_buffers, set_random_states
-from tensorpager.errors import CheckpointError, PagedTensorError
+from tensorpager.errors import PagedTensorError
 from tensorpager.moving import Slot, collect, swap
 from tensorpager.pager import Pager, attach_training, checked_optimizers, make_core, make_windows
 from tensorpager.spill import tensor_at
 from tensorpager.store import Store, open_pagefile, store_directories
 from tensorpager.training import Training
-from tensorpager.training_record import AddressBook, Entry, StoredTensor, TrainingRecord, Value
+from tensorpager.training_record import AddressBook, Entry, StoredTensor, TrainingRecord, Value, record_of
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["committed", "resume"]
+__all__ = ["committed", "last_record", "resume"]
 
 
 def committed(store: Store) -> int:
@@ -32,6 +32,16 @@ def committed(store: Store) -> int:
     pagefile = open_pagefile(directories)
     try:
         return pagefile.commit_number if pagefile.metadata else 0
+    finally:
+        pagefile.close()
+
+
+def last_record(store: Store) -> TrainingRecord:
+    """What the last commit says beside its pages. IoError, CheckpointError as for resume()."""
+    directories = store_directories(store)
+    pagefile = open_pagefile(directories)
+    try:
+        return record_of(pagefile, directories[0])
     finally:
         pagefile.close()
 
@@ -61,13 +71,7 @@ def resume(
     where = directories[0]
     pagefile = open_pagefile(directories)
     try:
-        if not pagefile.metadata:
-            msg = f"{where} has no commit yet: page() was interrupted before its first; call page() again"
-            raise CheckpointError(msg, path=where, rule="no-commit")
-        record = TrainingRecord.from_bytes(pagefile.metadata, where)
-        if record.page_bytes != pagefile.page_bytes or sum(record.regions) != pagefile.page_count:
-            msg = f"{where}: the record of its last commit is of another pagefile"
-            raise CheckpointError(msg, path=where, rule="training-record")
+        record = record_of(pagefile, where)
         slots = _matched_slots(model, record, where)
         _check_groups(model, optimizers, record, where)
         core = make_core(budget, None, engine, record.page_bytes, pagefile=pagefile)

@@ -19,9 +19,9 @@ from tensorpager.errors import CheckpointError
 from tensorpager.plain_values import decode, dtype_named, encode
 
 if TYPE_CHECKING:
-    from tensorpager._core import Region
+    from tensorpager._core import Pagefile, Region
 
-__all__ = ["AddressBook", "Entry", "OptimizerRecord", "StoredTensor", "TrainingRecord"]
+__all__ = ["AddressBook", "Entry", "OptimizerRecord", "StoredTensor", "TrainingRecord", "record_of"]
 
 _FORMAT = "tensorpager training state"
 _VERSION = 1
@@ -137,6 +137,18 @@ class TrainingRecord:
             for name, values in optimizer.state.items():
                 found |= {f"optimizer {number} {name} {key}": entry for key, entry in values.items()}
         return {name: entry for name, entry in found.items() if isinstance(entry, StoredTensor)}
+
+
+def record_of(pagefile: Pagefile, where: str) -> TrainingRecord:
+    """Of the last commit of an open pagefile. CheckpointError when there is none that can be read."""
+    if not pagefile.metadata:
+        msg = f"{where} has no commit yet: page() was interrupted before its first; call page() again"
+        raise CheckpointError(msg, path=where, rule="no-commit")
+    record = TrainingRecord.from_bytes(pagefile.metadata, where)
+    if record.page_bytes != pagefile.page_bytes or sum(record.regions) != pagefile.page_count:
+        msg = f"{where}: the record of its last commit is of another pagefile"
+        raise CheckpointError(msg, path=where, rule="training-record")
+    return record
 
 
 def _refuse(path: str, why: str) -> None:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs in examples/ run as their first lines say, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tensorpager as tp
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ["--hidden", "128", "--layers", "2"]
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_finetuning_goes_on_and_is_the_unpaged_one(tmp_path: Path) -> None:
+    store = tmp_path / "run"
+    paged = ["--store", store, "--budget", "24MiB", "--commit-every", "2", "--facts", tmp_path / "paged.json"]
+    first = run("finetune.py", *SMALL, *paged, "--steps", "2")
+    assert "in 24 MiB; from step 0" in first
+    again = run("finetune.py", *SMALL, *paged, "--steps", "2")  # nothing is left to do
+    assert "from step 2" in again
+    run("finetune.py", *SMALL, "--unpaged", "--steps", "2", "--facts", tmp_path / "unpaged.json")
+    paged_facts = json.loads((tmp_path / "paged.json").read_text())
+    unpaged_facts = json.loads((tmp_path / "unpaged.json").read_text())
+    for key in ("losses", "held_out", "checksums"):
+        assert paged_facts[key] == unpaged_facts[key]
+    assert len(paged_facts["losses"]) == 2
+    assert (store / "losses.csv").read_text().splitlines()[0] == "step,loss"
+    assert (store / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finetuning_by_the_trainer_goes_on(tmp_path: Path) -> None:
+    store = tmp_path / "run"
+    output = run("finetune_trainer.py", *SMALL, "--store", store, "--budget", "24MiB", "--steps", "2")
+    assert "held out" in output
+    assert tp.committed(store) == 2
