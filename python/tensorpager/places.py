@@ -40,7 +40,7 @@ class Places:
         self._arena = arena
         self._window = window
         self._free: dict[tuple[str, int], list[int]] = {}  # addresses, by name and size in bytes
-        self._untrimmed_bytes = 0  # copied since the last time, and freed by now but for the last
+        self._untrimmed_bytes = 0  # since the last time; freed by now but for the last
         libc = ctypes.CDLL(None)
         self._trim: Callable[[int], int] | None = getattr(libc, "malloc_trim", None)  # not every libc has it
 
@@ -51,14 +51,18 @@ class Places:
         # From a page on at the start of one: as few pages as can be are resident with it, or are given back.
         align_bytes = self._core.page_bytes if size_bytes >= self._core.page_bytes else SPILL_ALIGN_BYTES
         address = free.pop() if free else self._arena.place(size_bytes, align_bytes)
-        self._untrimmed_bytes += size_bytes
-        if self._untrimmed_bytes > _TRIM_BYTES and self._trim is not None:
-            self._trim(0)
-            self._untrimmed_bytes = 0
+        self.trim(size_bytes)
         plain = tensor_at(self._core, address, tuple(source.shape), dense_strides(source), source.dtype)
         self._core.wanted(address, size_bytes)  # a copy that can't be held is made page by page, as they are touched
         copy_into(self._core, plain, source)
         return self._paged(plain, name, address)
+
+    def trim(self, size_bytes: int) -> None:
+        """So many bytes of plain memory more are let go, or soon will be: give it back to the system now and then."""
+        self._untrimmed_bytes += size_bytes
+        if self._untrimmed_bytes > _TRIM_BYTES and self._trim is not None:
+            self._trim(0)
+            self._untrimmed_bytes = 0
 
     def adopt(
         self, name: str, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype

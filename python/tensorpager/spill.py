@@ -27,6 +27,7 @@ __all__ = [
     "aligned_size",
     "choose_directory",
     "copy_into",
+    "copy_out",
     "dense_strides",
     "tensor_at",
 ]
@@ -74,8 +75,7 @@ def copy_into(core: Core, destination: torch.Tensor, source: torch.Tensor) -> No
     count = destination.untyped_storage().nbytes() // destination.element_size()
     target = destination.as_strided((count,), (1,), 0)
     origin = source.as_strided((count,), (1,))
-    piece_bytes = max(core.page_bytes, min(_COPY_BYTES, core.pinnable_page_count * core.page_bytes // 2))
-    piece = piece_bytes // destination.element_size()
+    piece = _piece_bytes(core) // destination.element_size()
     stream_of = stream_getter(core)
     for start in range(0, count, piece):
         part = target[start : start + piece]
@@ -88,6 +88,25 @@ def copy_into(core: Core, destination: torch.Tensor, source: torch.Tensor) -> No
         finally:
             if set_id >= 0:
                 core.release(set_id, stream)
+
+
+def copy_out(core: Core, source: torch.Tensor) -> torch.Tensor:
+    """Plain memory with the values of a plain 1-D tensor over the host's address space, held a few pages at a time."""
+    result = torch.empty(source.shape, dtype=source.dtype)
+    piece = _piece_bytes(core) // source.element_size()
+    for start in range(0, source.numel(), piece):
+        part = source[start : start + piece]
+        set_id = core.hold(part.data_ptr(), part.numel() * part.element_size())
+        try:
+            result[start : start + piece].copy_(part)
+        finally:
+            if set_id >= 0:
+                core.release(set_id)
+    return result
+
+
+def _piece_bytes(core: Core) -> int:
+    return max(core.page_bytes, min(_COPY_BYTES, core.pinnable_page_count * core.page_bytes // 2))
 
 
 class SpillArena:
