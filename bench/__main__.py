@@ -12,18 +12,19 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
+ONLY_BY_NAME = ("kill-resume",)  # no measurement of time: whether training goes on
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Interleaved rounds; ratios of medians.")
-    parser.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)} (default: all)")
+    parser.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)} (default: all), {', '.join(ONLY_BY_NAME)}")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--file-size", default="4GiB", help="of the file that is paged in (default: 4GiB)")
     parser.add_argument("--model-size", default="3.4GB", help="of the model that decodes (default: 3.4GB)")
     parser.add_argument("--no-peers", action="store_true", help="measure ours, fio and the unpaged model only")
     parser.add_argument("--keep-files", action="store_true", help="keep the files of page-in for the next run")
     options = parser.parse_args()
-    unknown = set(options.items) - set(ITEMS)
+    unknown = set(options.items) - {*ITEMS, *ONLY_BY_NAME}
     if unknown or options.rounds < 1:
         parser.error(f"unknown items: {', '.join(sorted(unknown))}" if unknown else "--rounds must be 1 or more")
     for item in options.items or ITEMS:
@@ -55,6 +56,11 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import stored_as
 
         stored_as.run(options.rounds)
+    elif item == "kill-resume":
+        from bench import kill_resume
+
+        if kill_resume.main([]) != 0:
+            sys.exit(1)
     else:
         script = Path(__file__).with_name(f"bench_{item}.py")
         results = script.parent / "results"
