@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.checkpoint import checkpoint
 
 import tensorpager as tp
@@ -373,6 +374,50 @@ def test_on_a_device_training_is_refused() -> None:
     net, _ = make_net(depth=1)
     with pytest.raises(tp.PagedTensorError, match="only inference"):
         tp.page(net, make_adamw(net), budget="32MiB", device="cuda:0")
+
+
+def test_a_checkpoint_is_trained_and_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8
+    )
+    twin = transformers.LlamaForCausalLM(config)
+    twin.save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = tp.from_pretrained(tmp_path, budget="24MiB")
+    ids = torch.randint(512, (2, 16))
+    losses = []
+    for trained in (model, twin):
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+        if trained is model:
+            model.pager.add_optimizer(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = trained(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:3] == losses[3:]
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+    assert model.pager.stats()["training_bytes"] > 3 * 0.9 * sum(each.nbytes for each in twin.parameters())
+    model.pager.close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_optimizers_are_added_once() -> None:
+    net, _ = make_net(depth=1)
+    with tp.page(net, budget="32MiB") as pager:
+        pager.add_optimizer(make_adamw(net))
+        with pytest.raises(tp.PagedTensorError, match="paged already; give page"):
+            pager.add_optimizer(make_adamw(net))
+        with pytest.raises(tp.PagedTensorError, match="needs a store"):
+            pager.commit()
+    net, _ = make_net(depth=1)
+    pager = tp.page(net, budget="32MiB")
+    pager.close()
+    with pytest.raises(tp.ClosedError):
+        pager.add_optimizer(make_adamw(net))
 
 
 _MEMORY_SCRIPT = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,7 +20,7 @@ from tensorpager.backward import BackwardHook
 from tensorpager.budget import format_bytes, parse_bytes
 from tensorpager.commit import Committer
 from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
-from tensorpager.errors import BudgetError, PagedTensorError
+from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
 from tensorpager.moving import Group, collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
@@ -72,6 +73,7 @@ class Pager:
         self._spilled_bytes = spilled_bytes
         self._quantised_bytes = quantised_bytes
         self._training: Training | None = None
+        self._model: weakref.ref[torch.nn.Module] | None = None
         self._committer: Committer | None = None
         self._activations: Activations | None = None
         #: What commit() was given, after resume(); None otherwise.
@@ -134,6 +136,27 @@ class Pager:
         training.begin(self._director)
         self._director.trains = True
         self._training = training
+
+    def add_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
+        """Train a model that is paged already, such as one of from_pretrained(): page gradients and state from now on.
+
+        optimizer: of torch.optim, one or several, made over the paged model's parameters; as for page(). Without a
+        store. The checkpoint stays as it is: weights that are trained go to spill. PagedTensorError when the model is
+        trained already, and as page() does; TypeError; ClosedError.
+        """
+        model = None if self._model is None else self._model()
+        if self._training is not None or model is None:
+            msg = "this model's gradients and optimizer state are paged already; give page() all of its optimizers"
+            raise PagedTensorError(msg)
+        if self.closed:
+            msg = "the pager is closed: its model can't be trained"
+            raise ClosedError(msg)
+        optimizers = checked_optimizers(optimizer, None if self._core.device < 0 else self._core.device)
+        training = Training(self._core, optimizers)
+        for parameter in model.parameters():
+            if isinstance(parameter, PagedTensor):
+                training.moved(parameter, parameter)
+        self._train(training)
 
     def activations(self) -> Paging:
         """A context manager in which what autograd saves for backward is paged too, where it does not fit.
@@ -314,7 +337,8 @@ def page(
 
     The parameters become PagedTensors at the same places in the model; each original is freed once it is copied, so
     the peak is the model plus the budget. Tied and overlapping parameters stay so. Buffers stay in RAM. An optimizer
-    that is not given here has to be made afterwards (it would keep the originals), and keeps its state in RAM.
+    that is not given here has to be made afterwards (it would keep the originals), and keeps its state in RAM unless it
+    is given to Pager.add_optimizer().
 
     Raises BudgetError, before anything is changed, when one module's parameters don't fit; PagedTensorError for a
     parameter that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged),
@@ -550,4 +574,6 @@ def _attach(
         module.register_forward_hook(LeaveHook(), always_call=True)
     model.register_forward_hook(RootLeaveHook(director), always_call=True)
     core.reset_stats()  # the counters tell of the model's runs, not of moving it in
-    return Pager(core, director, paged_bytes, tensor_count, spilled_bytes, quantised_bytes)
+    pager = Pager(core, director, paged_bytes, tensor_count, spilled_bytes, quantised_bytes)
+    pager._model = weakref.ref(model)
+    return pager
