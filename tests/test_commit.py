@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import tensorpager as tp
+from tensorpager.store import bandwidth_weights
 from torch_models import MIB, Net, make_net, some_ids
 
 Optimizer = torch.optim.Optimizer
@@ -294,7 +295,30 @@ def test_an_optimizer_of_other_tensors_is_refused_by_commit(tmp_path: Path) -> N
         tp.page(net, optimizer, budget=BUDGET, store=tmp_path)
 
 
-def test_several_directories_share_the_pages(tmp_path: Path) -> None:
+def test_drives_share_pages_by_what_they_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {str(tmp_path / "a"): (6e9, 3e9, ""), str(tmp_path / "b"): (2e9, 1e9, "")}
+    monkeypatch.setattr("tensorpager.measured_hardware.drive_rates", lambda directory, _seconds: rates[directory])
+    assert bandwidth_weights(list(rates)) == pytest.approx([2e9, 2e9 / 3])
+    assert bandwidth_weights([str(tmp_path / "a")]) == []
+    model, optimizer = make()
+    with tp.page(model, optimizer, budget=BUDGET, store=[tmp_path / "a", tmp_path / "b"]) as pager:
+        for number in range(2):
+            step(model, optimizer, number)
+        pager.commit()
+    sizes = [(tmp_path / name / "pages.tensorpager").stat().st_size for name in "ab"]
+    assert sizes[0] == pytest.approx(3 * sizes[1], rel=0.5)  # they grow by 64 MiB at a time
+    assert sizes[0] > 1.5 * sizes[1]
+
+    def full(_directory: str, _seconds: float) -> tuple[float, float, str]:
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr("tensorpager.measured_hardware.drive_rates", full)
+    assert bandwidth_weights(list(rates)) == []
+    assert tp.committed([tmp_path / "a", tmp_path / "b"]) == 2
+
+
+def test_several_directories_share_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorpager.measured_hardware.drive_rates", lambda _directory, _seconds: (1e9, 1e9, ""))
     twin, twin_optimizer = make()
     model, optimizer = make()
     stores = [tmp_path / "a", tmp_path / "b"]

@@ -320,7 +320,7 @@ def test_without_o_direct_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         measured_hardware, "fcntl", SimpleNamespace(fcntl=refuse, F_GETFL=fcntl.F_GETFL, F_SETFL=fcntl.F_SETFL)
     )
-    read, write, how = measured_hardware._drive_rates(str(tmp_path), 0.01)
+    read, write, how = measured_hardware.drive_rates(str(tmp_path), 0.01)
     assert 0 < read < math.inf
     assert 0 < write < math.inf
     assert "no O_DIRECT" in how
@@ -351,7 +351,7 @@ def test_only_its_owner_may_read_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     modes = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (modes.append(os.fstat(file).st_mode & 0o777), fsync(file)))
-    measured_hardware._drive_rates(str(tmp_path), 0.01)
+    measured_hardware.drive_rates(str(tmp_path), 0.01)
     assert modes == [0o600]
 
 
@@ -359,7 +359,7 @@ def test_only_its_owner_may_read_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_short_transfer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "preadv", lambda *_: 512)
     with pytest.raises(OSError, match="512 of 2097152 bytes"):
-        measured_hardware._drive_rates(str(tmp_path), 0.01)
+        measured_hardware.drive_rates(str(tmp_path), 0.01)
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tensorpager.hardware import Hardware
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["this_machine"]
+__all__ = ["drive_rates", "this_machine"]
 
 BLOCK_BYTES = 2 * 2**20
 QUEUE_DEPTH = 8
@@ -44,7 +44,7 @@ def this_machine(directory: str = ".", *, seconds: float = 2.0) -> Hardware:
     import torch
 
     ram_bytes = _available_bytes()  # before anything is allocated here
-    read, write, how = _drive_rates(directory, seconds / 4)
+    read, write, how = drive_rates(directory, seconds / 4)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     figures = _device_rates(device, seconds / 4)
@@ -133,7 +133,7 @@ def _device_rates(device: torch.device, seconds: float) -> dict[str, float]:
     return rates
 
 
-def _drive_rates(directory: str, seconds: float) -> tuple[float, float, str]:
+def drive_rates(directory: str, seconds: float) -> tuple[float, float, str]:
     """(bytes read per second, bytes written per second, how it was measured). seconds: for each of the two."""
     free_bytes = _free_bytes(directory)
     chunks_max = min(CHUNKS_MAX, free_bytes // 2 // CHUNK_BYTES)

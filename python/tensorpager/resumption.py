@@ -69,7 +69,7 @@ def resume(
     optimizers = checked_optimizers(optimizer, None)
     directories = store_directories(store)
     where = directories[0]
-    pagefile = open_pagefile(directories)
+    pagefile = open_pagefile(directories, to_write=True)
     try:
         record = record_of(pagefile, where)
         slots = _matched_slots(model, record, where)

@@ -13,9 +13,12 @@ from tensorpager.errors import IoError
 if TYPE_CHECKING:
     from tensorpager._core import Pagefile
 
-__all__ = ["Store", "create_pagefile", "open_pagefile", "store_directories"]
+__all__ = ["Store", "bandwidth_weights", "create_pagefile", "open_pagefile", "store_directories"]
 
 Store = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+#: Each of reading and writing: long enough for a drive to show its rate, short beside moving a model.
+_MEASURED_SECONDS = 0.25
 
 _FILES = ("root.tensorpager", "root.tensorpager.new", "pages.tensorpager", "lock.tensorpager")
 
@@ -41,7 +44,7 @@ def create_pagefile(store: Store, page_bytes: int) -> Pagefile:
         _make_directory(directory)
     if (Path(directories[0]) / _FILES[0]).exists():
         _remove_uncommitted(directories)
-    return Pagefile.create(directories, page_bytes=page_bytes)
+    return Pagefile.create(directories, page_bytes=page_bytes, weights=bandwidth_weights(directories))
 
 
 def _make_directory(directory: str) -> None:
@@ -68,8 +71,25 @@ def _remove_uncommitted(directories: list[str]) -> None:
         pagefile.close()
 
 
-def open_pagefile(directories: list[str]) -> Pagefile:
-    """The last commit. IoError."""
+def open_pagefile(directories: list[str], *, to_write: bool = False) -> Pagefile:
+    """The last commit. to_write: measures how directories share what is written. IoError."""
     from tensorpager._core import Pagefile
 
-    return Pagefile.open(directories)
+    return Pagefile.open(directories, weights=bandwidth_weights(directories) if to_write else [])
+
+
+def bandwidth_weights(directories: list[str]) -> list[float]:
+    """How directories share pages, by what their drives move just now, each read once for each time it is written.
+
+    Measured for half a second each, if there are several; empty, which means equal shares, for one, and when one of
+    them has no room to measure in (a store on a full drive can be read).
+    """
+    if len(directories) == 1:
+        return []
+    from tensorpager.measured_hardware import drive_rates
+
+    try:
+        rates = [drive_rates(directory, _MEASURED_SECONDS)[:2] for directory in directories]
+    except OSError:
+        return []
+    return [1 / (1 / read + 1 / write) for read, write in rates]
