@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "bind/dlpack.hpp"
+#include "bind/recording.hpp"
 #include "device/cufile.hpp"
 #include "device/mapping_cost.hpp"
 #include "io/probe.hpp"
@@ -171,11 +172,6 @@ std::uint32_t add_schedule(Pager& pager, const Int32Array& step_set, const Int32
 std::optional<std::uint32_t> followed_schedule(const Pager& pager) {
   const std::optional<tp::ScheduleId> id = pager.followed_schedule();
   return id ? std::optional(id->value) : std::nullopt;
-}
-
-py::array_t<std::int32_t> record_end(Pager& pager) {
-  const std::vector<std::int32_t> events = pager.recorder().end();
-  return py::array_t<std::int32_t>(static_cast<py::ssize_t>(events.size()), events.data());
 }
 
 // Not array_t in the signature: its text would name a C++ type, which the generated stub can't express.
@@ -457,10 +453,8 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           },
           py::arg("address"), py::arg("size_bytes"), py::call_guard<py::gil_scoped_release>(),
           "Forget what the whole pages of a range in spill regions hold, dirty or spilled: they need not be written, "
-          "nor "
-          "read. Until they are acquired, held, or wanted() again they show zeros or what they held, and what is "
-          "written "
-          "to them may be lost. Pages in use, of files and on a device stay as they are. Returns how many were "
+          "nor read. Until they are acquired, held, or wanted() again they show zeros or what they held, and what is "
+          "written to them may be lost. Pages in use, of files and on a device stay as they are. Returns how many were "
           "discarded. ValueError.")
       .def(
           "wanted",
@@ -489,10 +483,6 @@ void bind_pager_paging(py::class_<Pager>& pager) {
           "Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.")
       .def("begin_pass", &Pager::begin_pass,
            "The model's root is entered: the schedule's position goes to the next start of its cycle.")
-      .def(
-          "record_begin", [](Pager& self, bool dry) { self.recorder().begin(dry); }, py::arg("dry"),
-          "Record this thread's acquire, hold and release; dry: they do nothing else.")
-      .def("record_end", &record_end, "Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.")
       .def("set_schedule", &set_schedule, py::kw_only(), py::arg("step_set"), py::arg("initial_pages"),
            py::arg("action_step"), py::arg("action_deadline"), py::arg("action_page_in"), py::arg("action_evict"),
            "One cycle, repeated for ever; tensorpager.pass_plan defines the arrays (int32). ValueError names array and "
@@ -684,6 +674,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           py::arg("address"));
   bind_pager_paging(pager);
   bind_pager_commits(pager);
+  tp::bind_recording(pager);
   bind_pager_schedules(pager);
   bind_pager_facts(pager);
 }

@@ -436,12 +436,20 @@ std::size_t Pager::discard(AddressRange range) {
     return begin < range.address || begin + page_bytes_ > range.address + range.size_bytes;
   };
   pages.erase(std::remove_if(pages.begin(), pages.end(), partly), pages.end());
+  recorder_.note(ContentChange::ended, pages);
   return residency_->discard(pages);
 }
 
 void Pager::wanted(AddressRange range) {
   throw_if_unusable();
-  residency_->wanted(pages_of({range}));
+  const std::vector<PageId> pages = pages_of({range});
+  recorder_.note(ContentChange::modified, pages);
+  residency_->wanted(pages);
+}
+
+void Pager::note_modified(AddressRange range) {
+  throw_if_unusable();
+  recorder_.note(ContentChange::modified, pages_of({range}));
 }
 
 std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted, cuda::Stream stream) {

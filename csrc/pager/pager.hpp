@@ -110,6 +110,8 @@ class Pager {
   // The whole pages of a range in spill regions: see Residency::discard. Returns how many. Error(invalid).
   std::size_t discard(AddressRange range);
   void wanted(AddressRange range);
+  // For the recording alone: the open step modifies the range. wanted() and discard() are noted by themselves.
+  void note_modified(AddressRange range);
   // acquire() for a byte range outside of any step. Nothing when it is more than the budget can hold: then pages come
   // in as they are touched; a device can't do that, and it is Error(budget).
   std::optional<SetId> hold(AddressRange range, const Residency::Interrupted& interrupted,

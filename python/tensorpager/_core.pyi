@@ -296,6 +296,12 @@ class Pager:
         """
         The device writes to the pages of the set, which is acquired. ValueError if it is not.
         """
+    def note_modified(
+        self, address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        For the recording alone: the open step modifies the range. wanted() and discard() are noted by themselves. ValueError.
+        """
     def page_states(self) -> numpy.typing.NDArray[numpy.uint8]:
         """
         State of every page, uint8: an index into PAGE_STATES.
@@ -311,6 +317,10 @@ class Pager:
     def record_end(self) -> numpy.typing.NDArray[numpy.int32]:
         """
         Events in order, int32: +(set_id + 1) acquire, -(set_id + 1) release.
+        """
+    def recorded_contents(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        What the recording that ended last noted, int32 [notes, 4] in order: the events before it; first page, and the one behind the last; 0: modified (by the step acquired last, if it is open and has the page, else by the next that has), 1: ended (nobody will want what the page held).
         """
     def release(
         self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
