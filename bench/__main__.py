@@ -12,7 +12,7 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
-ONLY_BY_NAME = ("kill-resume",)  # no measurement of time: whether training goes on
+ONLY_BY_NAME = ("training-bytes", "kill-resume")  # of bytes, and of whether training goes on: not of time
 
 
 def main() -> int:
@@ -56,6 +56,10 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import stored_as
 
         stored_as.run(options.rounds)
+    elif item == "training-bytes":
+        from bench import training_bytes
+
+        training_bytes.run()
     elif item == "kill-resume":
         from bench import kill_resume
 

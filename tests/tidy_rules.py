@@ -30,8 +30,10 @@ LAYERS = {
 PURE_MODULES = {
     "budget",
     "certificate",
+    "contents",
     "checkpoint",
     "demand",
+    "departures",
     "errors",
     "expected_pass",
     "hardware",

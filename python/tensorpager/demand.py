@@ -12,7 +12,7 @@ first time some of it leaves, it has to be written back, and no second time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -31,11 +31,12 @@ READ, MODIFY, OVERWRITE = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Gaps:
-    """Gaps whose content is needed at the end, by (start, group). int64 [gaps] each.
+    """Gaps that content lasts through, by (start, group). int64 [gaps] each, but for needed.
 
     group; pages (of the group); start: the use before it; end: the next use, of the next pass where end >= the number
     of steps. version: which version of the content the gap belongs to, -1 for content that the pass does not change.
-    order: the gap's place among those of its version, 0 first.
+    order: the gap's place among those of its version, 0 first. needed: bool [gaps], whether the content is needed at
+    the end; where it is not, a page that leaves before is not read again. None: of all.
     """
 
     group: Int64Array
@@ -44,6 +45,12 @@ class Gaps:
     end: Int64Array
     version: Int64Array
     order: Int64Array
+    needed: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
+
+    @property
+    def read_pages(self) -> Int64Array:
+        """int64 [gaps]: pages that are read at the end if none stays."""
+        return self.pages if self.needed is None else np.where(self.needed, self.pages, 0)
 
     @property
     def count(self) -> int:

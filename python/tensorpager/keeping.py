@@ -78,7 +78,9 @@ def dirty_drops(gaps: Gaps, kept: Int64Array) -> Int64Array:
 
 def traffic_of(gaps: Gaps, kept: Int64Array) -> Traffic:
     """What moves in a pass when `kept` pages stay through each gap."""
-    return Traffic(int((gaps.pages - kept).sum()), int(dirty_drops(gaps, kept).sum()))
+    dropped = gaps.pages - kept
+    read = dropped if gaps.needed is None else dropped[gaps.needed]
+    return Traffic(int(read.sum()), int(dirty_drops(gaps, kept).sum()))
 
 
 def best_kept(gaps: Gaps, room: Int64Array, step_count: int, optimum: Int64Array | None = None) -> Int64Array:

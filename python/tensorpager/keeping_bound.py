@@ -112,9 +112,10 @@ class _Keeping:
 
     def __init__(self, program: LinearProgram, gaps: Gaps, room: Int64Array, step_count: int, *, cost: float) -> None:
         self.gaps, self.room, self.step_count = gaps, room, step_count
-        self.constant = cost * float(gaps.pages.sum())
+        self.constant = cost * float(gaps.read_pages.sum())
         inner = gaps.end > gaps.start + 1
-        self.kept = program.columns(gaps.count, cost=-cost, lower=np.where(inner, 0, gaps.pages), upper=gaps.pages)
+        saved = -cost if gaps.needed is None else np.where(gaps.needed, -cost, 0.0)
+        self.kept = program.columns(gaps.count, cost=saved, lower=np.where(inner, 0, gaps.pages), upper=gaps.pages)
         self.dirty = np.flatnonzero(gaps.version >= 0)
         self.written = program.columns(len(self.dirty), cost=cost, upper=gaps.pages[self.dirty])
         self._chains(program)

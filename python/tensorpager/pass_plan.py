@@ -19,10 +19,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tensorpager.contents import Contents, content_classes, content_gaps, keep_for_bytes
+from tensorpager.departures import Departures, departures_of_contents, departures_of_kept, frames_ahead
 from tensorpager.errors import BudgetError
 from tensorpager.page_schedule import PageSchedule, Simulation, simulate
 from tensorpager.policy import belady_page_ins, circle_of, lru_page_ins, page_in_bound, place_prices
-from tensorpager.readahead import choose_kept, frames_ahead
+from tensorpager.readahead import choose_kept
 from tensorpager.steps import INT32_MAX, Int32Array, Steps, UseClasses, steps_from_events, use_classes
 
 __all__ = [
@@ -45,13 +47,15 @@ def plan_pass(
     page_count: int,
     step_name: Callable[[int], str] | None = None,
     read_ahead: float | None = None,
+    contents: Contents | None = None,
 ) -> PageSchedule:
     """The schedule for a pass that is repeated for ever, in frame_count frames of page_bytes each.
 
     page_count: pages of the address space; every page of the steps lies below it (ValueError otherwise). step_name:
     names a step for messages. read_ahead: frames to leave for reading ahead at each step, per page the step acquires; 0
-    gives the fewest page-ins, None the least time in a model of the pass (readahead.py). BudgetError when the pages
-    in use at one step do not fit, with the budget that would do.
+    gives the fewest page-ins, None the least time in a model of the pass (readahead.py). contents: what the pass does
+    to them; then the fewest bytes are moved, written ones included, nearly (contents.py). BudgetError when the pages in
+    use at one step do not fit, with the budget that would do.
     """
     if min(frame_count, page_bytes) <= 0:
         msg = f"frame_count {frame_count} and page_bytes {page_bytes} must be positive"
@@ -59,19 +63,24 @@ def plan_pass(
     if read_ahead is not None and not 0 <= read_ahead < INT32_MAX:
         msg = f"read_ahead {read_ahead} must be 0 or more frames per page"
         raise ValueError(msg)
-    classes = use_classes(steps)
+    classes, notes = (use_classes(steps), []) if contents is None else content_classes(steps, contents)
     _check_pages(classes, page_count)
     _check_budget(steps, classes, frame_count, page_bytes, step_name)
-    kept: list[int] = classes.gap_pages.tolist()
+    departures = departures_of_kept(classes, classes.gap_pages.tolist())
     bound = 0.0
     if classes.page_total > frame_count:
         circle, room = circle_of(classes), frame_count - classes.step_pages
         prices = place_prices(circle, room)
         bound = page_in_bound(circle, room, prices)
-        kept = choose_kept(classes, circle, prices, frame_count, read_ahead)
-    page_ins = int(classes.gap_pages.sum()) - sum(kept)
+        if contents is None:
+            departures = departures_of_kept(classes, choose_kept(classes, circle, prices, frame_count, read_ahead))
+        else:
+            gaps = content_gaps(classes, notes)
+            kept = keep_for_bytes(classes, gaps, room, read_ahead)
+            departures = departures_of_contents(classes, gaps, kept, room, frame_count)
+    page_ins = departures.page_count
     accesses = int(classes.own_pages.sum())
-    initial, actions = _pair(classes, kept, frame_count)
+    initial, actions = _pair(classes, departures, frame_count)
     return PageSchedule(
         page_bytes=page_bytes,
         page_count=page_count,
@@ -117,26 +126,25 @@ def _check_budget(
     raise BudgetError(msg)
 
 
-def _pair(classes: UseClasses, kept: list[int], frame_count: int) -> tuple[Int32Array, Int32Array]:
+def _pair(classes: UseClasses, departures: Departures, frame_count: int) -> tuple[Int32Array, Int32Array]:
     """(initial_pages [I], actions [4, A]: page_in, evict, step, deadline); see [Note: pairing]."""
     count = classes.step_count
-    dropped = classes.gap_pages - np.array(kept, np.int64)
-    start, end = np.repeat(classes.gap_start, dropped), np.repeat(classes.gap_end, dropped)
-    parts = zip(classes.gap_class.tolist(), kept, strict=True)
-    page = _joined([classes.pages[index][amount:] for index, amount in parts])
-    ahead = frames_ahead(classes, kept, frame_count)
-    evictions = np.lexsort((page, -end, start))
-    page_ins = np.lexsort((page, end % count))
+    after, due = np.repeat(departures.after, departures.count), np.repeat(departures.due, departures.count)
+    page = departures.pages(classes)
+    ahead = frames_ahead(classes, departures, frame_count)
+    evictions = np.lexsort((page, -due, after))
+    page_ins = np.lexsort((page, due % count))
     source = np.roll(page_ins, -ahead)
     in_next_pass = np.arange(len(page)) >= len(page) - ahead
-    deadline = end[source] % count + in_next_pass * count
-    actions = np.stack([page[source], page[evictions], start[evictions] + 1, deadline]).astype(np.int32)
+    deadline = due[source] % count + in_next_pass * count
+    actions = np.stack([page[source], page[evictions], after[evictions] + 1, deadline]).astype(np.int32)
 
-    crossing = np.flatnonzero(classes.gap_end >= count).tolist()
-    staying = [classes.pages[int(classes.gap_class[gap])][: kept[gap]] for gap in crossing]
-    first_use = np.repeat(classes.first_use[classes.gap_class[crossing]], [len(pages) for pages in staying])
-    initial = _joined([*staying, page[page_ins[:ahead]]])
-    needed_at = np.concatenate([first_use, end[page_ins[:ahead]] % count])
+    absent = page[due >= count]
+    used = _joined(classes.pages)
+    first_use = np.repeat(classes.first_use, [len(pages) for pages in classes.pages])
+    stays = ~np.isin(used, absent)
+    initial = _joined([used[stays], page[page_ins[:ahead]]])
+    needed_at = np.concatenate([first_use[stays], due[page_ins[:ahead]] % count])
     return initial[np.lexsort((initial, needed_at))], actions
 
 

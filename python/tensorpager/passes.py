@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 from tensorpager.backward import end_abandoned_backward
+from tensorpager.contents import Contents
 from tensorpager.device import HOST, refuse_backward
 from tensorpager.errors import BudgetError, TraceError
 from tensorpager.expected_pass import PassHistory
@@ -45,6 +46,8 @@ PASS_PLANS_MAX = 8
 EXPECT_EVERY_PASSES = 16
 #: A pass with gradients that never comes to an optimizer's step ends after so many forwards.
 TRAINING_FORWARDS_MAX = 512
+#: A pass is planned for anew when its contents turn out to be others, so often at most.
+PLANS_OF_CONTENTS_MAX = 3
 #: So many passes that took other steps than expected are told of, once.
 TELL_AFTER_PASSES = 16
 
@@ -73,6 +76,8 @@ class PassDirector:
         self._schedules: dict[
             bytes, PageSchedule | None
         ] = {}  # by the events of the pass; None: it could not be planned
+        self._notes: dict[bytes, bytes] = {}  # of the contents that a schedule was made for, by the events of the pass
+        self._plans_of_contents: dict[bytes, int] = {}
         self._known: dict[int, tuple[bytes, PageSchedule]] = {}  # what the core knows, by its id
         self._common: int | None = None  # of these, the one for what passes have in common
         self._followed_at_begin: int | None = None  # of the recorded pass
@@ -155,7 +160,7 @@ class PassDirector:
         self._stepped = False
         events = self._end_recording()
         if completed and events is not None and len(events) > 0:
-            self._follow(events)
+            self._follow(events, self._core.recorded_contents())
 
     def leave(self, frame: FrameType, *, completed: bool) -> None:
         """The call ends that runs in `frame`."""
@@ -211,7 +216,7 @@ class PassDirector:
             if key is not None and key != self._current:
                 self._put(key, self._schedules[key])
 
-    def _follow(self, events: npt.NDArray[np.int32]) -> None:
+    def _follow(self, events: npt.NDArray[np.int32], notes: npt.NDArray[np.int32] | None = None) -> None:
         """A pass took these steps. Plan for it if it is new; go back to a known one when it comes twice in a row.
 
         Its schedule is asked for at its end: one that the core switched to in time was expected, one that it only began
@@ -228,8 +233,8 @@ class PassDirector:
                 self._follow_as_before()
             if key not in self._schedules and len(self._schedules) >= PASS_PLANS_MAX:
                 self._expect()
-            elif key not in self._schedules:
-                self._plan(events)
+            elif key not in self._schedules or self._contents_differ(key, notes):
+                self._plan(events, notes)
             elif key != self._current and repeated:
                 self._put(key, self._schedules[key])
             if self._schedules.get(key) is not None:
@@ -269,16 +274,33 @@ class PassDirector:
             self._core.forget_schedule(outdated)
             del self._known[outdated]
 
-    def _plan(self, events: npt.NDArray[np.int32]) -> None:
-        key = events.tobytes()
-        self._schedules[key] = None
-        schedule = self._schedule_for(events)
-        if schedule is not None:
-            self.plan_count += 1
-            self._schedules[key] = schedule
-            self._put(key, schedule)
+    def _contents_differ(self, key: bytes, notes: npt.NDArray[np.int32] | None) -> bool:
+        """The steps are known, but what they do to the pages is not what their schedule was made for."""
+        if notes is None or self._schedules[key] is None or self._notes.get(key) == notes.tobytes():
+            return False
+        return self._plans_of_contents.get(key, 0) < PLANS_OF_CONTENTS_MAX
 
-    def _schedule_for(self, events: npt.NDArray[np.int32]) -> PageSchedule | None:
+    def _plan(self, events: npt.NDArray[np.int32], notes: npt.NDArray[np.int32] | None = None) -> None:
+        key = events.tobytes()
+        outdated = self._schedules.get(key)
+        self._schedules[key] = None
+        schedule = self._schedule_for(events, notes)
+        if notes is not None:
+            self._notes[key] = notes.tobytes()
+            self._plans_of_contents[key] = self._plans_of_contents.get(key, 0) + 1
+        if schedule is None:
+            self._schedules[key] = outdated
+            return
+        self.plan_count += 1
+        self._schedules[key] = schedule
+        self._core.follow_schedule(self._make_known(key, schedule, common=False))
+        for number in [number for number, (_, known) in self._known.items() if known is outdated]:
+            self._core.forget_schedule(number)
+            del self._known[number]
+
+    def _schedule_for(
+        self, events: npt.NDArray[np.int32], notes: npt.NDArray[np.int32] | None = None
+    ) -> PageSchedule | None:
         core = self._core
         pages = {int(set_id): core.set_pages(int(set_id)) for set_id in np.unique(np.abs(events)) - 1}
         try:
@@ -293,6 +315,7 @@ class PassDirector:
                 page_bytes=core.page_bytes,
                 page_count=core.page_count,
                 step_name=lambda step: core.set_name(int(steps.step_set[step])),
+                contents=None if notes is None else Contents.from_notes(notes, events),
             )
         except BudgetError as error:  # acquire() raises it at that very step, or the step is not taken after all
             self.plan_failure = str(error)

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from tensorpager.departures import departures_of_kept, frames_ahead, returning
 from tensorpager.policy import Circle, EvenSplit, Prices, fill_up, keep_evenly, keep_most, lru_kept, place_prices
 from tensorpager.steps import Int64Array, UseClasses
 
@@ -89,26 +90,15 @@ def _all_gaps(classes: UseClasses, circle: Circle, inner: list[int]) -> list[int
     return kept
 
 
-def frames_ahead(classes: UseClasses, kept: list[int], frame_count: int) -> int:
-    """Frames beside the pages kept across the start of the pass: what page-ins for the next pass may fill."""
-    crossing = classes.gap_end >= classes.step_count
-    absent = int((classes.gap_pages - np.array(kept, np.int64))[crossing].sum())
-    page_ins = int(classes.gap_pages.sum()) - sum(kept)
-    return min(frame_count - (classes.page_total - absent), page_ins)
-
-
 def keep_what_returns_at_once(classes: UseClasses, circle: Circle, kept: list[int], frame_count: int) -> list[int]:
-    """Keep every page that reading ahead would bring back before (or in the same action as) it is evicted.
-
-    Such a page's gap has a free frame throughout: were a step in it full, all page-ins due by then would be paired with
-    evictions possible by then, and the page's own page-in comes later than both.
-    """
+    """Keep every page that [Note: returns at once] in departures.py speaks of."""
     kept = list(kept)
     room = frame_count - classes.step_pages
     while True:
-        ahead = frames_ahead(classes, kept, frame_count)
-        dropped = classes.gap_pages - np.array(kept, np.int64)
-        too_soon = _returning(classes, dropped, ahead)[circle.index]
+        departures = departures_of_kept(classes, kept)
+        of_gap = np.zeros(len(kept), np.int64)
+        of_gap[departures.gap] = returning(classes, departures, frame_count)
+        too_soon = of_gap[circle.index]
         if not too_soon.any():
             return kept
         inner = [kept[gap] for gap in circle.index]
@@ -116,20 +106,6 @@ def keep_what_returns_at_once(classes: UseClasses, circle: Circle, kept: list[in
         filled = fill_up(circle, room, inner, gaps, too_soon.tolist())
         assert sum(filled) > sum(inner), "a page that returns at once has room through its gap"
         kept = _all_gaps(classes, circle, filled)
-
-
-def _returning(classes: UseClasses, dropped: Int64Array, ahead: int) -> Int64Array:
-    """int64 [G]: at most how many pages of each gap are read back by an action not after their own eviction.
-
-    Whatever the order among evictions after one step and among page-ins for one step.
-    """
-    count = classes.step_count
-    evicted_by = np.cumsum(_per_step(classes.gap_start, dropped, count))
-    due = _per_step(classes.gap_end % count, dropped, count)
-    due_before = np.cumsum(due) - due
-    read_first = due_before[classes.gap_end % count] + int(dropped.sum()) * (classes.gap_end >= count)
-    soonest: Int64Array = np.clip(evicted_by[classes.gap_start] - (read_first - ahead), 0, dropped)
-    return soonest
 
 
 def _per_step(step: Int64Array, pages: Int64Array, step_count: int) -> Int64Array:
@@ -144,7 +120,7 @@ def pass_time(classes: UseClasses, kept: list[int], frame_count: int, compute_pe
     dropped = classes.gap_pages - np.array(kept, np.int64)
     evictable = _per_step(classes.gap_start, dropped, count).tolist()
     needed = _per_step(classes.gap_end % count, dropped, count).tolist()
-    ahead = frames_ahead(classes, kept, frame_count)
+    ahead = frames_ahead(classes, departures_of_kept(classes, kept), frame_count)
     compute = (classes.own_pages * compute_per_page).tolist()
     now = start = 0.0
     read = due = 0.0

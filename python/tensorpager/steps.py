@@ -142,13 +142,16 @@ class UseClasses:
         return sum(len(pages) for pages in self.pages)
 
 
-def use_classes(steps: Steps) -> UseClasses:
-    """Group the pages of a pass into classes and list their gaps. Costs about one sort of all (set, page) pairs."""
+def use_classes(steps: Steps, other_facts: Mapping[int, object] | None = None) -> UseClasses:
+    """Group the pages of a pass into classes and list their gaps. Costs about one sort of all (set, page) pairs.
+
+    other_facts: by page, hashable; pages of which they differ are not interchangeable.
+    """
     set_runs = _set_runs(steps)
     groups = []
     for members, pages in _group_pages(steps):
         runs = _merge_runs([run for set_id in members for run in set_runs[set_id]])
-        groups.append((runs, pages))
+        groups += [(runs, part) for part in _by_fact(pages, other_facts)]
     groups.sort(key=lambda group: (group[0][0][0], int(group[1][0])))
     gaps: list[tuple[int, int, int, int]] = []
     change = np.zeros(steps.count + 1, np.int64)
@@ -171,6 +174,15 @@ def use_classes(steps: Steps) -> UseClasses:
         gap_end=table[:, 2],
         gap_pages=table[:, 3],
     )
+
+
+def _by_fact(pages: Int32Array, facts: Mapping[int, object] | None) -> list[Int32Array]:
+    if not facts:
+        return [pages]
+    parts: dict[object, list[int]] = {}
+    for page in pages.tolist():
+        parts.setdefault(facts.get(page), []).append(page)
+    return [np.array(part, np.int32) for part in parts.values()]
 
 
 def _set_runs(steps: Steps) -> dict[int, list[tuple[int, int]]]:

@@ -138,6 +138,8 @@ class Training:
         """Copy a gradient to spill unless it is there, small, or not dense. Blocks on I/O."""
         with torch._C.DisableTorchFunctionSubclass():
             gradient = parameter.grad
+            if type(gradient) is PagedTensor and gradient.numel() > 0:
+                self._core.note_modified(*span_of(gradient))  # it was added to
             if not _moves(gradient):
                 return
             assert gradient is not None
@@ -157,11 +159,21 @@ class Training:
                     group["params"] = [parameter for parameter in parameters if id(parameter) in part]
                 with HeldRanges(self._core, self._window, _spans(optimizer)):
                     run()
+                    self._note_modified(optimizer)
                 for parameter in _parameters(optimizer):
                     self._move_state(optimizer, parameter)
         finally:
             for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
                 group["params"] = parameters
+
+    def _note_modified(self, optimizer: torch.optim.Optimizer) -> None:
+        """What a step changes: parameters that have gradients, and their state."""
+        for parameter in _parameters(optimizer):
+            with torch._C.DisableTorchFunctionSubclass():
+                gradient = parameter.grad
+            for tensor in _belonging(optimizer, parameter) if gradient is not None else ():
+                if tensor is not gradient and type(tensor) is PagedTensor and tensor.numel() > 0:
+                    self._core.note_modified(*span_of(tensor))
 
     def _parts(self, optimizer: torch.optim.Optimizer) -> Iterator[set[int]]:
         """Parameters by id, as many as half of the budget holds together with what belongs to them."""
