@@ -162,6 +162,8 @@ class Training:
                     self._note_modified(optimizer)
                 for parameter in _parameters(optimizer):
                     self._move_state(optimizer, parameter)
+                # What the update computed with, which a step that makes no state would keep all of.
+                self.places.trim(sum(size_bytes for _, size_bytes in _spans(optimizer)))
         finally:
             for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
                 group["params"] = parameters
