@@ -12,7 +12,7 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
-ONLY_BY_NAME = ("training-bytes", "kill-resume")  # of bytes, and of whether training goes on: not of time
+ONLY_BY_NAME = ("training-bytes", "training-time", "kill-resume")  # minutes each
 
 
 def main() -> int:
@@ -60,6 +60,10 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import training_bytes
 
         training_bytes.run()
+    elif item == "training-time":
+        from bench import training_time
+
+        training_time.run(options.rounds)
     elif item == "kill-resume":
         from bench import kill_resume
 

@@ -462,3 +462,45 @@ def test_memory_is_the_budget_and_little_more(tmp_path: Path) -> None:
     before_mib = seen[0]["RssAnon"] + seen[0]["RssShmem"] - state_mib // 4
     # Of 12 times the budget: activations, a gradient, a group's new state, the planner, the page table.
     assert peak_mib - before_mib <= 64 + 96, seen
+
+
+def test_gradients_used_at_once_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer that steps inside of backward has its gradients where autograd made them, from the second time."""
+    net = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(16)))
+    twin = copy.deepcopy(net)
+    x = torch.randn(4, 512)
+    stepping = [True]
+
+    def step_inside(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        for parameter, optimizer in zip(model.parameters(), optimizers, strict=True):
+
+            def step(_: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                if stepping[0]:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+            parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
+
+    optimizers = [torch.optim.SGD([parameter], lr=0.1, momentum=0.9) for parameter in net.parameters()]
+    twins = [torch.optim.SGD([parameter], lr=0.1, momentum=0.9) for parameter in twin.parameters()]
+    with tp.page(net, optimizers, budget="24MiB") as pager:
+        step_inside(net, optimizers)
+        step_inside(twin, twins)
+        moved: list[str] = []
+        places = pager._training.places  # type: ignore[union-attr]
+        copy_in = places.copy_in
+        monkeypatch.setattr(places, "copy_in", lambda source, name: [moved.append(name), copy_in(source, name)][1])
+        counts = []
+        for number in range(6):
+            stepping[0] = number != 4  # then they are kept after all
+            for model in (net, twin):
+                model(x).square().mean().backward()
+            counts.append(sum(name.endswith(".grad") for name in moved))
+            for parameter, other in zip(net.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(parameter, other)
+                assert (parameter.grad is None) == (number != 4)
+                if number == 4 and parameter.numel() * 4 >= 16 * 2**10:
+                    assert type(parameter.grad) is PagedTensor
+                if parameter.grad is not None and other.grad is not None:
+                    assert torch.equal(parameter.grad, other.grad)
+        assert counts == [16, 16, 16, 16, 32, 32]

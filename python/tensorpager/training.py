@@ -3,7 +3,9 @@
 
 Gradients. As soon as autograd has finished a parameter's gradient it is copied to spill, and `parameter.grad` is a
 PagedTensor from then on: one plain gradient at a time is in RAM. When the last reference to it is gone (zero_grad()),
-its pages are discarded: they need not be written, nor read again.
+its pages are discarded: they need not be written, nor read again. One that was gone before the next one came, as with
+an optimizer that steps inside of backward, stays where it is the next time, and is copied only if it is still there
+when the next one has come.
 
 Optimizers. `step()` runs on some parameters at a time, as many as half of the budget holds with their gradients and
 state, which are resident together while it does. What state it made is moved to spill after each group. The update of a
@@ -98,6 +100,9 @@ class Training:
         self._window = Window(core, -1, "optimizer step")  # what a group of step() holds
         self.places = Places(core, self.arena, self._window)
         self._names: dict[int, str] = {}
+        self._used_at_once: set[int] = set()  # parameters by id whose gradient is gone when the next one comes
+        self._last_made: torch.Tensor | None = None  # in this backward
+        self._backward_id = -1
 
     @property
     def size_bytes(self) -> int:
@@ -133,6 +138,31 @@ class Training:
             _make_paged_step(optimizer, self, director)
 
     # -- gradients
+
+    def gradient_made(self, parameter: torch.Tensor) -> None:
+        """Autograd has finished the parameter's gradient: move it, or wait and see. Blocks on I/O."""
+        backward_id = torch._C._current_graph_task_id()
+        if backward_id != self._backward_id:
+            self._backward_id = backward_id
+            torch.autograd.Variable._execution_engine.queue_callback(self._settle_last)
+        if self._last_made is not parameter:
+            self._settle_last()
+        self._last_made = parameter
+        if id(parameter) not in self._used_at_once:
+            self.move_gradient(parameter)
+
+    def _settle_last(self) -> None:
+        """Of the gradient made last it is known now whether it was used at once."""
+        parameter, self._last_made = self._last_made, None
+        if parameter is None:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            is_gone = parameter.grad is None
+        if is_gone:
+            self._used_at_once.add(id(parameter))
+        elif id(parameter) in self._used_at_once:
+            self._used_at_once.remove(id(parameter))
+            self.move_gradient(parameter)
 
     def move_gradient(self, parameter: torch.Tensor) -> None:
         """Copy a gradient to spill unless it is there, small, or not dense. Blocks on I/O."""
@@ -289,5 +319,5 @@ class _GradientHook(Hook):
         self._training = training
 
     def __call__(self, parameter: torch.Tensor) -> None:
-        """Move its gradient."""
-        self._training.move_gradient(parameter)
+        """Its gradient is finished."""
+        self._training.gradient_made(parameter)
