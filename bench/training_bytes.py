@@ -13,14 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import tensorpager as tp
 from bench.rounds import save
-from tensorpager.contents import Contents, content_classes, content_gaps
-from tensorpager.keeping_bound import least_bytes
-from tensorpager.pass_plan import steps_from_events
 
 WIDTH, LAYERS, ROWS = 1536, 12, 256
 STEPS_BEFORE, STEPS = 5, 5
@@ -73,8 +69,8 @@ def measure(order: str, share: float) -> dict[str, Any]:
         for _ in range(STEPS):
             train()
         after, io_after, ended = pager.stats(), moved_bytes(), time.perf_counter()
-        bound_bytes = least_moved_bytes(pager)
     read = after["page_ins"] - before["page_ins"] - (after["zero_fills"] - before["zero_fills"])
+    bound_bytes = after["schedule"]["lower_bound_moved_pages"] * after["page_bytes"]
     written = after["writebacks"] - before["writebacks"]
     counted_bytes = (read + written) * after["page_bytes"] / STEPS
     return {
@@ -88,18 +84,6 @@ def measure(order: str, share: float) -> dict[str, Any]:
         "faults": (after["faults"] - before["faults"]) / STEPS,
         "seconds": (ended - began) / STEPS,
     }
-
-
-def least_moved_bytes(pager: tp.Pager) -> float:
-    """The bound for a step as the last one was."""
-    core, director = pager._core, pager._director
-    events = director.events
-    assert events is not None, "the pager follows a plan"
-    pages = {int(each): core.set_pages(int(each)) for each in np.unique(np.abs(events)) - 1}
-    steps = steps_from_events(events, pages)
-    classes, notes = content_classes(steps, Contents.from_notes(core.recorded_contents(), events))
-    room = core.frame_count - classes.step_pages
-    return float(least_bytes(content_gaps(classes, notes).gaps, room, steps.count).cost) * core.page_bytes
 
 
 def run() -> None:

@@ -121,12 +121,12 @@ def tell(reference: dict[str, Any], result: dict[str, Any], unpaged_memory: int,
     state = stats["paged_bytes"] + stats["training_bytes"]
     unpaged_seconds = statistics.median(reference["seconds"][WARM_STEPS:])
     paged_seconds = statistics.median(result["seconds"][WARM_STEPS:])
-    steps = len(result["seconds"])
-    moved = (stats["bytes_read"] + stats["bytes_written"]) / steps
+    moved = statistics.median(result["moved_bytes"][WARM_STEPS:])
+    bound = result["schedule"]["lower_bound_moved_pages"] * stats["page_bytes"]
     print(f"""
   training state    {state / MIB:8,.0f} MiB, in a budget of {stats["budget_bytes"] / MIB:,.0f} MiB
   peak memory       {paged_memory / MIB:8,.0f} MiB of the process; unpaged {unpaged_memory / MIB:,.0f} MiB
-  moved             {moved / MIB:8,.0f} MiB a step, commits and the held-out passes included
+  moved             {moved / MIB:8,.0f} MiB a step; without commits no schedule moves fewer than {bound / MIB:,.0f}
   a step            {paged_seconds:8.2f} s; unpaged {unpaged_seconds:.2f} s (medians)""")
 
 

@@ -132,16 +132,23 @@ def report(options: argparse.Namespace, run: Run, model: torch.nn.Module, pager:
         facts: dict[str, object] = {**asdict(run), "checksums": checksums}
         if pager is not None:
             facts["stats"] = {key: value for key, value in pager.stats().items() if isinstance(value, (int, float))}
+            facts["schedule"] = pager.stats()["schedule"]
         options.facts.write_text(json.dumps(facts))
 
 
 @dataclass
 class Run:
-    """What has come of the steps so far. seconds: of those of this process."""
+    """What has come of the steps so far. seconds, moved_bytes (read and written): of those of this process."""
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    moved_bytes: list[int] = field(default_factory=list)
+
+
+def moved_bytes(pager: tp.Pager | None) -> int:
+    """Read from the drive and written to it so far."""
+    return 0 if pager is None else pager.stats()["bytes_read"] + pager.stats()["bytes_written"]
 
 
 def main() -> None:
@@ -173,7 +180,7 @@ def main() -> None:
 
     with tqdm(total=options.steps, initial=len(run.losses), desc="training", unit="step") as bar:
         while len(run.losses) < options.steps:
-            begin = time.perf_counter()
+            begin, moved_before = time.perf_counter(), moved_bytes(pager)
             batch = draw(text, len(run.losses), options.rows, options.columns)
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
@@ -183,6 +190,7 @@ def main() -> None:
             scheduler.step()
             run.losses.append(loss.item())
             run.seconds.append(time.perf_counter() - begin)
+            run.moved_bytes.append(moved_bytes(pager) - moved_before)
             bar.update()
             done = len(run.losses)
             if done % 20 == 0 or done == options.steps:

@@ -162,6 +162,26 @@ def test_training_tells_what_it_does() -> None:
         assert set(notes[notes[:, 3] == ENDED, 0]) == {0}
 
 
+def test_what_is_done_in_place_is_noted() -> None:
+    """Clipping modifies every gradient once more, after backward."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    counts = []
+    with tp.page(model, optimizer, budget="20MiB") as pager:
+        for clips in (False, False, True):
+            optimizer.zero_grad()
+            model(torch.ones(2, 1024)).square().mean().backward()
+            if clips:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            notes = pager._core.recorded_contents()
+            modified = notes[notes[:, 3] == MODIFIED]
+            counts.append(int((modified[:, 2] - modified[:, 1]).sum()))
+    gradient_pages = 4 * 2
+    assert counts[0] == counts[1] == 2 * gradient_pages  # made; and the parameters
+    assert counts[2] == 3 * gradient_pages
+
+
 def test_a_plan_that_knows_moves_less() -> None:
     """From the third step on: the engine's own counters against the bound."""
     torch.manual_seed(0)

@@ -134,23 +134,28 @@ def _end_between(last: int, following: int, notes: tuple[tuple[int, int], ...], 
 
 def keep_for_bytes(
     classes: UseClasses, content: ContentGaps, room: Int64Array, read_ahead: float | None = None
-) -> Int64Array:
-    """int64 [gaps]: pages to keep through each, up to its end or to where its content ends. room: int64 [steps].
+) -> tuple[Int64Array, float]:
+    """int64 [gaps], pages to keep through each, up to its end or to where its content ends; and the fewest pages that
+    any schedule moves, 0 without a solver. room: int64 [steps].
 
     read_ahead: frames to leave free at each step, per page of that step; None as in the head of the file.
     """
     gaps, count = content.gaps, classes.step_count
-    fewest = best_kept(gaps, room, count, _optimum(gaps, room, count))
-    limit = traffic_of(gaps, fewest).total * OVER_FEWEST_MAX
+    kept, bound = _least(gaps, room, count)
     if gaps.count > SHARED_GAPS_MAX and read_ahead is None:
-        return fewest
+        return kept, bound
+    limit = traffic_of(gaps, kept).total * OVER_FEWEST_MAX
     for share in READ_AHEAD_SHARES if read_ahead is None else (read_ahead,):
         left = np.maximum(room - np.ceil(classes.own_pages * share).astype(np.int64), 0)
-        kept = best_kept(gaps, left, count, _optimum(gaps, left, count))
-        if read_ahead is not None or traffic_of(gaps, kept).total <= limit:
-            return kept
-    return fewest
+        less, _ = _least(gaps, left, count)
+        if read_ahead is not None or traffic_of(gaps, less).total <= limit:
+            return less, bound
+    return kept, bound
 
 
-def _optimum(gaps: Gaps, room: Int64Array, step_count: int) -> Int64Array | None:
-    return least_bytes(gaps, room, step_count).kept if has_solver() else None
+def _least(gaps: Gaps, room: Int64Array, step_count: int) -> tuple[Int64Array, float]:
+    if not has_solver():
+        return best_kept(gaps, room, step_count), 0.0
+    optimum = least_bytes(gaps, room, step_count)
+    kept = best_kept(gaps, room, step_count, optimum.kept)
+    return kept, min(optimum.cost, float(traffic_of(gaps, kept).total))

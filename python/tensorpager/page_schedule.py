@@ -33,8 +33,10 @@ class PageSchedule:
     S) of the next pass. Both never decrease, and action_step <= action_deadline. After the last action exactly
     initial_pages are resident again. Certificate, per pass in steady state: page_ins_per_pass; accesses_per_pass
     (pages of each acquired set, summed) and hits_per_pass (of these, not paged in for this access);
-    lower_bound_page_ins (no schedule at all can do with fewer, on average over passes); working_set_pages (pages the
-    pass uses); largest_step_pages (in use at once, at most).
+    lower_bound_page_ins (no schedule at all can do with fewer, on average over passes); moved_pages_per_pass (read or
+    written, where the plan knows what the pass does to contents; else as page_ins_per_pass) and lower_bound_moved_pages
+    (no schedule moves fewer, in whole or in part; 0 where no solver was there); working_set_pages (pages the pass
+    uses); largest_step_pages (in use at once, at most).
     """
 
     page_bytes: int
@@ -50,6 +52,8 @@ class PageSchedule:
     accesses_per_pass: int
     hits_per_pass: int
     lower_bound_page_ins: float
+    moved_pages_per_pass: int
+    lower_bound_moved_pages: float
     working_set_pages: int
     largest_step_pages: int
 
@@ -91,6 +95,7 @@ COUNT_FIELDS = (
     "page_ins_per_pass",
     "accesses_per_pass",
     "hits_per_pass",
+    "moved_pages_per_pass",
     "working_set_pages",
     "largest_step_pages",
 )
@@ -121,8 +126,9 @@ def _check(schedule: PageSchedule) -> None:
     for name in COUNT_FIELDS:
         value = getattr(schedule, name)
         _require(type(value) is int and value >= 0, f"{name} is an integer, 0 or more")
-    bound = schedule.lower_bound_page_ins
-    _require(type(bound) in (int, float) and 0 <= bound < 2**63, "lower_bound_page_ins is a number, 0 or more")
+    for name in ("lower_bound_page_ins", "lower_bound_moved_pages"):
+        bound = getattr(schedule, name)
+        _require(type(bound) in (int, float) and 0 <= bound < 2**63, f"{name} is a number, 0 or more")
     _check_ranges(schedule)
     _check_actions(schedule)
 
@@ -152,6 +158,8 @@ def _check_ranges(schedule: PageSchedule) -> None:
     hits = schedule.accesses_per_pass - schedule.page_ins_per_pass
     _require(schedule.hits_per_pass == hits, "hits_per_pass is accesses_per_pass less page_ins_per_pass")
     _require(schedule.lower_bound_page_ins <= action_count, "lower_bound_page_ins is at most page_ins_per_pass")
+    moved_bound = schedule.lower_bound_moved_pages
+    _require(moved_bound <= schedule.moved_pages_per_pass, "lower_bound_moved_pages is at most moved_pages_per_pass")
     _require(schedule.working_set_pages <= schedule.page_count, "working_set_pages is at most page_count")
     _require(schedule.largest_step_pages <= schedule.frame_count, "largest_step_pages is at most frame_count")
 

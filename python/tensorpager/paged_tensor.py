@@ -261,6 +261,8 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     versions = _versions((*args, *kwargs.values())) if _writes_watched else []
     try:
         result = _call_unguarded(func, (), args, kwargs)
+        if held is not None and args and func.__name__[-1:] == "_":  # in place, by torch's rule for names
+            _note_modified(args[0])
     finally:
         _tell_changed(versions)
         if held is not None:
@@ -310,6 +312,15 @@ def _refuse_backward(func: Callable[..., Any], args: Arguments, kwargs: Keywords
             "only inference works so far: use torch.no_grad(), or detach() the tensor, or call requires_grad_(False)"
         )
         raise PagedTensorError(msg)
+
+
+def _note_modified(value: Any) -> None:
+    """For the plan: the step that holds the tensor, or those in the list, has modified it."""
+    for tensor in value if type(value) in (list, tuple) else (value,):
+        if type(tensor) is PagedTensor and tensor._tp_backing is not None:
+            address, size_bytes = span_of(tensor)
+            if size_bytes > 0 and not tensor._tp_backing.on_device:
+                tensor._tp_backing.core.note_modified(address, size_bytes)
 
 
 def _tell_written(tensor: PagedTensor) -> None:

@@ -200,6 +200,8 @@ class Pager:
             "steps": len(schedule.step_set),
             "page_ins_per_pass": schedule.page_ins_per_pass,
             "lower_bound_page_ins": schedule.lower_bound_page_ins,
+            "moved_pages_per_pass": schedule.moved_pages_per_pass,
+            "lower_bound_moved_pages": schedule.lower_bound_moved_pages,
             "hits_per_pass": schedule.hits_per_pass,
             "accesses_per_pass": schedule.accesses_per_pass,
             "working_set_pages": schedule.working_set_pages,

@@ -22,6 +22,7 @@ import numpy as np
 from tensorpager.contents import Contents, content_classes, content_gaps, keep_for_bytes
 from tensorpager.departures import Departures, departures_of_contents, departures_of_kept, frames_ahead
 from tensorpager.errors import BudgetError
+from tensorpager.keeping import traffic_of
 from tensorpager.page_schedule import PageSchedule, Simulation, simulate
 from tensorpager.policy import belady_page_ins, circle_of, lru_page_ins, page_in_bound, place_prices
 from tensorpager.readahead import choose_kept
@@ -67,7 +68,8 @@ def plan_pass(
     _check_pages(classes, page_count)
     _check_budget(steps, classes, frame_count, page_bytes, step_name)
     departures = departures_of_kept(classes, classes.gap_pages.tolist())
-    bound = 0.0
+    bound = moved_bound = 0.0
+    moved: int | None = None
     if classes.page_total > frame_count:
         circle, room = circle_of(classes), frame_count - classes.step_pages
         prices = place_prices(circle, room)
@@ -76,8 +78,10 @@ def plan_pass(
             departures = departures_of_kept(classes, choose_kept(classes, circle, prices, frame_count, read_ahead))
         else:
             gaps = content_gaps(classes, notes)
-            kept = keep_for_bytes(classes, gaps, room, read_ahead)
+            kept, moved_bound = keep_for_bytes(classes, gaps, room, read_ahead)
+            moved = traffic_of(gaps.gaps, kept).total
             departures = departures_of_contents(classes, gaps, kept, room, frame_count)
+        moved_bound = moved_bound if contents is not None else bound
     page_ins = departures.page_count
     accesses = int(classes.own_pages.sum())
     initial, actions = _pair(classes, departures, frame_count)
@@ -95,6 +99,8 @@ def plan_pass(
         accesses_per_pass=accesses,
         hits_per_pass=accesses - page_ins,
         lower_bound_page_ins=bound,
+        moved_pages_per_pass=page_ins if moved is None else moved,
+        lower_bound_moved_pages=moved_bound,
         working_set_pages=classes.page_total,
         largest_step_pages=int(classes.step_pages.max()),
     )
