@@ -19,7 +19,7 @@ from tensorpager.hardware import profile
 from tensorpager.operator_trace import Trace
 from tensorpager.planner import plan
 from tensorpager.schedule import Schedule
-from tensorpager.workloads import LORA_RANK, load_config, trace_workload
+from tensorpager.workloads import LORA_RANK, TRAINING_STATES, load_config, trace_workload
 
 pytest.importorskip("transformers")
 
@@ -62,6 +62,32 @@ def test_decode_in_a_third_of_the_weights(config: Path) -> None:
     )
     assert f"{proof.drive_read_bytes / 2**20:.1f} MiB read, 0 B written; {proof.bytes_gap:.3f} of the least" in text
     assert "proof            linear program, HiGHS" in text
+
+
+def test_forms_of_training_state_take_their_bytes(config: Path) -> None:
+    """Of a value of bfloat16: the weight, a copy, and two moments; the rest is scales, one for 256 values."""
+    assert set(plan_command.STATE_CHOICES) == set(TRAINING_STATES)
+    (config / "config.json").write_text(json.dumps({**LLAMA, "dtype": "bfloat16"}))
+    loaded = load_config(config)
+    bytes_of = {"as-weights": 6, "master": 14, "master-8bit": 8, "stochastic": 10, "stochastic-8bit": 4}
+    values = 0
+    for name, value_bytes in bytes_of.items():
+        trace = trace_workload(loaded, "finetune", sequence=64, training_state=name)
+        persistent = sum(tensor.size_bytes for tensor in trace.tensors if tensor.persistent)
+        values = values or persistent // value_bytes
+        assert persistent / values == pytest.approx(value_bytes, rel=0.02), name
+    status, text = run(config, *QUICK, "--task", "finetune", "--training-state", "stochastic-8bit", "--budget", "8MiB")
+    assert status == 0
+    assert "per 1,000 passes" in text
+    with pytest.raises(ValueError, match="training_state 'float8' is one of"):
+        trace_workload(loaded, "finetune", training_state="float8")
+    with pytest.raises(ValueError, match="is for bfloat16"):
+        trace_workload(load_config(write_float32(config)), "finetune", training_state="stochastic")
+
+
+def write_float32(config: Path) -> Path:
+    (config / "config.json").write_text(json.dumps(LLAMA))
+    return config
 
 
 def test_what_fits_moves_nothing(config: Path) -> None:

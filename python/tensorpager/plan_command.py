@@ -28,6 +28,7 @@ CURVE_POINTS = 8
 #: Beside those, where the curve falls steepest: shares of what makes everything fit.
 NEARLY_FITTING = (0.9, 0.97)
 TASK_CHOICES = ("decode", "prompt", "finetune", "lora")
+STATE_CHOICES = ("as-weights", "master", "master-8bit", "stochastic", "stochastic-8bit")
 UNIT_NAMES = {"decode": "token", "prompt": "prompt", "finetune": "step", "lora": "step"}
 
 
@@ -48,6 +49,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--sequence", type=int, default=1024, help="tokens of each text (default: 1024)")
     work.add_argument("--microbatches", type=int, default=1, help="gradient accumulation (default: 1)")
     work.add_argument("--checkpointing", action="store_true", help="trace with activation checkpointing")
+    work.add_argument(
+        "--training-state", choices=STATE_CHOICES, default="as-weights", help="of AdamW: see tensorpager.optim"
+    )
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--gpu", help=f"one of {', '.join(GPUS)} (default: none, the device is a slice of RAM)")
     machine.add_argument("--drive", default="gen4-nvme", help=f"one of {', '.join(DRIVES)} (default: gen4-nvme)")
@@ -135,6 +139,7 @@ def _trace(options: argparse.Namespace) -> Trace:
         sequence=options.sequence,
         microbatches=options.microbatches,
         checkpointing=options.checkpointing,
+        training_state=options.training_state,
     )
 
 

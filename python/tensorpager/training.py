@@ -9,8 +9,8 @@ when the next one has come.
 
 Optimizers. `step()` runs on some parameters at a time, as many as half of the budget holds with their gradients and
 state, which are resident together while it does. What state it made is moved to spill after each group. The update of a
-parameter must depend on no other parameter's: so the optimizers of torch.optim are taken (but for LBFGS), and any
-subclass that leaves their step() alone; others are refused.
+parameter must depend on no other parameter's: so the optimizers of torch.optim are taken (but for LBFGS), the one of
+optim.py, and any subclass that leaves their step() alone; others are refused.
 
 Threads: a model is trained by one thread, in which autograd runs the nodes of the CPU. Nothing here is for a device.
 """
@@ -27,6 +27,7 @@ import torch
 
 from tensorpager.backward import HeldRanges
 from tensorpager.errors import PagedTensorError
+from tensorpager.optim import AdamW
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.places import Places
 from tensorpager.spill import SpillArena
@@ -56,6 +57,7 @@ _STEPS_EACH_ALONE = (
     torch.optim.Rprop,
     torch.optim.SGD,
     torch.optim.SparseAdam,
+    AdamW,
 )
 
 
@@ -74,7 +76,7 @@ def check_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
             msg = (
                 f"{kind.__name__}.step() is not one of torch.optim that updates each parameter by itself, and the "
                 "parameters of a paged model are updated some at a time. Use one of "
-                f"{', '.join(each.__name__ for each in _STEPS_EACH_ALONE)}"
+                f"{', '.join(dict.fromkeys(each.__name__ for each in _STEPS_EACH_ALONE))}"
             )
             raise PagedTensorError(msg)
         made_by_scheduler = hasattr(optimizer.step, "_wrapped_by_lr_sched")
@@ -184,7 +186,7 @@ class Training:
         """`run` for a group of the optimizer's parameters at a time."""
         all_parameters = [group["params"] for group in optimizer.param_groups]
         try:
-            for part in self._parts(optimizer):
+            for part in list(self._parts(optimizer)):  # the lists it looks at change below
                 for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
                     group["params"] = [parameter for parameter in parameters if id(parameter) in part]
                 with HeldRanges(self._core, self._window, _spans(optimizer)):
@@ -256,7 +258,8 @@ def _step_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, page_
     tensors = [each for each in _belonging(optimizer, parameter) if type(each) is PagedTensor]
     sizes = [span_of(each)[1] + page_bytes for each in tensors]
     if parameter not in optimizer.state:
-        sizes += [2 * parameter.numel() * parameter.element_size()]
+        of_torch = 2 * parameter.numel() * parameter.element_size()
+        sizes += [optimizer.state_bytes(parameter) if isinstance(optimizer, AdamW) else of_torch]
     return sum(sizes)
 
 

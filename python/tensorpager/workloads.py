@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people run: one token of decoding, a prompt, a step of fine-tuning, of a transformers configuration. As traces.
 
-The models are made on the meta device: no weights, no memory. Training uses AdamW in the dtype of the weights.
+The models are made on the meta device: no weights, no memory. Training uses AdamW in the dtype of the weights, or
+another of the forms of its state in optim.py.
 """
 
 from __future__ import annotations
@@ -14,11 +15,20 @@ import torch
 from torch import nn
 
 from tensorpager.operator_trace import Trace
+from tensorpager.optim import AdamW
 from tensorpager.tracing import trace
 
-__all__ = ["TASKS", "load_config", "make_model", "trace_workload"]
+__all__ = ["TASKS", "TRAINING_STATES", "load_config", "make_model", "trace_workload"]
 
 TASKS = ("decode", "prompt", "finetune", "lora")
+#: By name: the arguments of optim.AdamW, None for torch's.
+TRAINING_STATES: dict[str, dict[str, Any] | None] = {
+    "as-weights": None,
+    "master": {"weights": "master"},
+    "master-8bit": {"weights": "master", "moment_bits": 8},
+    "stochastic": {"weights": "stochastic"},
+    "stochastic-8bit": {"weights": "stochastic", "moment_bits": 8},
+}
 LORA_RANK = 16
 LORA_TARGETS = ("q_proj", "v_proj", "q", "v", "c_attn", "query_key_value")
 
@@ -62,18 +72,29 @@ def make_model(config: Any) -> nn.Module:
 
 
 def trace_workload(
-    config: Any, task: str, *, batch: int = 1, sequence: int = 1024, microbatches: int = 1, checkpointing: bool = False
+    config: Any,
+    task: str,
+    *,
+    batch: int = 1,
+    sequence: int = 1024,
+    microbatches: int = 1,
+    checkpointing: bool = False,
+    training_state: str = "as-weights",
 ) -> Trace:
     """The trace of one pass.
 
     task: "decode", one token for each of `batch` texts of `sequence` tokens so far; "prompt", the forward pass over
     batch x sequence tokens; "finetune", forward, backward and AdamW over all weights, the gradients of `microbatches`
     passes of batch x sequence tokens accumulated; "lora", the same for adapters of rank 16 at the attention's
-    projections. checkpointing: recompute each block in backward. ValueError for numbers below 1 and unknown tasks;
-    TraceError when the model can't be run on fake tensors.
+    projections. checkpointing: recompute each block in backward. training_state: one of TRAINING_STATES, for
+    the tasks that train. ValueError for numbers below 1, unknown tasks and states, and a state that the dtype of the
+    weights can't have; TraceError when the model can't be run on fake tensors.
     """
     if task not in TASKS or min(batch, sequence, microbatches) < 1:
         msg = f"task '{task}' is one of {', '.join(TASKS)}, and batch, sequence and microbatches are 1 or more"
+        raise ValueError(msg)
+    if training_state not in TRAINING_STATES:
+        msg = f"training_state '{training_state}' is one of {', '.join(TRAINING_STATES)}"
         raise ValueError(msg)
     model = make_model(config)
     name = f"{config.model_type} {task}"
@@ -84,7 +105,11 @@ def trace_workload(
     model.train()
     if checkpointing:
         _enable_checkpointing(model)
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=False)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    form = TRAINING_STATES[training_state]
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(trained, foreach=False) if form is None else AdamW(trained, **form)
+    )
     ids = torch.zeros((batch, sequence), dtype=torch.int64)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
