@@ -3,8 +3,7 @@
 
 The floor of a step is the longer of two: the same step unpaged, and the bytes that it moved over the drive's
 bandwidth, read and written one after the other. All of it in interleaved rounds: some steps unpaged, the drive
-measured, some steps paged. An optimizer after backward needs most of its bytes while there is nothing to compute, and
-can't come to its floor; one inside backward has all of backward to move them in.
+measured, some steps paged. An optimizer after backward updates in the next forward, one inside backward there.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_a_planned_step_faults_little(trained: Trained) -> None:
     train(net, optimizer, range(4, 8))
     stats = pager.stats()
     assert stats["plan_failure"] is None
-    assert stats["mispredicted_passes"] <= 1  # the first, whose state was still to be made
+    assert stats["mispredicted_passes"] <= 2  # the first, without updates, and the one whose state was to be made
     assert stats["faults"] <= 4 * 8
     assert stats["page_ins"] >= 4 * 20
 

@@ -87,6 +87,7 @@ class Committer:
         if model is None:
             msg = "the model is gone, and with it what a commit would keep"
             raise PagedTensorError(msg)
+        self._training.updates.settle()
         self._core.commit(self._record(model, state).to_bytes())
         return self._core.commit_number
 

@@ -32,9 +32,12 @@ import torch
 from tensorpager import op_rules
 from tensorpager.device import HOST, stream_getter
 from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
+from tensorpager.safetensors_writer import copy_for_safetensors
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
+    from tensorpager.gradients import Factor, GradientNotes
+    from tensorpager.updates import Update
     from tensorpager.windows import Window
 
 __all__ = [
@@ -66,14 +69,28 @@ class Backing:
     hold_bytes_max: an operation on more than this is not held at once; its pages come in as they are touched. On a
     device they can't, and it is held or refused with BudgetError.
     stream: gives the handle of the current stream of the core's device; None on the host.
+    update: what is to be done before the bytes are looked at (`updates.py`, `gradients.py`).
+    gradient: what is known of it, if it is one (`gradients.py`).
     """
 
-    __slots__ = ("core", "hold_bytes_max", "name", "on_device", "stream", "windows")
+    __slots__ = (
+        "__weakref__",
+        "core",
+        "gradient",
+        "hold_bytes_max",
+        "name",
+        "on_device",
+        "stream",
+        "update",
+        "windows",
+    )
 
     def __init__(self, core: Core, name: str) -> None:
         self.core = core
         self.name = name
         self.windows: list[Window] = []
+        self.update: Update | Factor | None = None
+        self.gradient: GradientNotes | None = None
         self.on_device = core.device != HOST
         self.stream = stream_getter(core)
         budget_bytes = core.pinnable_page_count * core.page_bytes
@@ -227,6 +244,10 @@ def _hold(tensor: PagedTensor, held: Held | None) -> Held | None:
     backing = tensor._tp_backing
     if backing is None:
         return held
+    if backing.update is not None:
+        backing.update.settle()
+    if backing.gradient is not None:
+        backing.gradient.forget()
     for window in backing.windows:
         if window.open:
             return held
@@ -402,6 +423,15 @@ def _first_backing(values: Any) -> Backing | None:
     return None
 
 
+def _settle(tensor: PagedTensor) -> None:
+    """For what does not hold the tensor, and looks at its bytes, or writes to them, all the same."""
+    backing = tensor._tp_backing
+    if backing is not None and backing.update is not None:
+        backing.update.settle()
+    if backing is not None and backing.gradient is not None:
+        backing.gradient.forget()
+
+
 def _throw_if_closed(backing: Backing | None) -> None:
     if backing is not None and backing.core.closed:
         msg = (
@@ -474,33 +504,12 @@ def _address(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     """Raw memory: absent, it traps, which is right but for system calls. After close() it must not be had."""
     tensor = args[0]
     _throw_if_closed(tensor._tp_backing)
+    _settle(tensor)
     if func is torch.Tensor.data_ptr:
-        copy = _copy_for_safetensors(tensor)
+        copy = copy_for_safetensors(tensor, sys._getframe(2), ordinary_copy)
         if copy is not None:
             return copy.data_ptr()
     return _pass_through(func, args, kwargs)
-
-
-def _copy_for_safetensors(tensor: PagedTensor) -> torch.Tensor | None:
-    """An ordinary copy when safetensors' `save_file` is the caller, kept alive for as long as it needs; else None.
-
-    It writes from `data_ptr()` with write(2), which fails on absent memory, and it has no other hook for tensors whose
-    bytes are elsewhere than `tensor.to("cpu")` for other devices. Its writer keeps what it writes from in a list.
-    """
-    frame = sys._getframe(3)  # _copy_for_safetensors < _address < __torch_function__ < caller
-    if frame.f_code.co_name != "_to_ndarray" or frame.f_globals.get("__name__") != "safetensors.torch":
-        return None
-    copy = ordinary_copy(tensor).detach()
-    writer = frame.f_back
-    keep_alive = writer.f_locals.get("keep_alive_buffer") if writer is not None else None
-    if not isinstance(keep_alive, list):
-        msg = (
-            "this version of safetensors keeps the tensors it writes in another place than versions 0.3 to 0.8 do; "
-            "save copies instead: {name: tensor.clone() for name, tensor in model.state_dict().items()}"
-        )
-        raise PagedTensorError(msg)
-    keep_alive.append(copy)
-    return copy
 
 
 def _set_data(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -510,6 +519,7 @@ def _set_data(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> An
         return None
     if type(tensor) is PagedTensor:
         _refuse_replacement(tensor, value)
+        _settle(tensor)
         tensor._tp_span = None
     return _pass_through(func, args, kwargs)
 
@@ -604,6 +614,8 @@ def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
     prefix = "Parameter containing:\n" if getattr(tensor, "_is_param", False) else ""
     backing = tensor._tp_backing
     closed = backing is not None and backing.core.closed
+    if not closed:
+        _settle(tensor)
     try:
         held = hold_arguments((tensor,), None) if backing is not None and backing.on_device and not closed else None
     except BudgetError:
@@ -653,9 +665,26 @@ def _make_handlers() -> dict[Callable[..., Any], Handler]:
 _HANDLERS: dict[Callable[..., Any], Handler] = _make_handlers()
 
 
+def handle(func: Callable[..., Any], handler: Callable[[Arguments, Keywords], Any]) -> None:
+    """From now on ask `handler` first, which may answer NotImplemented. For functions that have no handler yet."""
+    assert func not in _HANDLERS
+
+    def ask(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+        result = handler(args, kwargs)
+        return _guarded(func, args, kwargs) if result is NotImplemented else result
+
+    _HANDLERS[func] = ask
+    _ASK_FIRST.add(ask)
+
+
+_ASK_FIRST: set[Handler] = set()
+
+
 def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> bool:
     """Whether the guard would hold the paged arguments of a call resident. For the tracer."""
     handler = _HANDLERS.get(func, _guarded)
+    if handler in _ASK_FIRST:
+        return True
     if handler is _view_if_contiguous:
         return not _is_contiguous(args, kwargs)
     if handler is _get_item:

@@ -135,6 +135,7 @@ class Pager:
     def _train(self, training: Training) -> None:
         training.begin(self._director)
         self._director.trains = True
+        self._director.before_tracing = training.updates.settle
         self._training = training
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
@@ -157,6 +158,25 @@ class Pager:
             if isinstance(parameter, PagedTensor):
                 training.moved(parameter, parameter)
         self._train(training)
+
+    @property
+    def updates_wait(self) -> bool:
+        """Whether the optimizer's step() leaves each update for the next use of its parameters, as it does at first.
+
+        Then its transfers run beside what forward computes (`updates.py`). Whatever reads a parameter, its gradient or
+        the optimizer's state by way of torch gets the new values, but not a raw pointer that was taken before step();
+        set it to False where there are such. What waits is updated then. PagedTensorError without an optimizer.
+        """
+        return self._training is not None and self._training.updates.may_wait
+
+    @updates_wait.setter
+    def updates_wait(self, may_wait: bool) -> None:
+        if self._training is None:
+            msg = "this model is not trained by its pager, so no update waits: page(model, optimizer) does that"
+            raise PagedTensorError(msg)
+        self._training.updates.may_wait = may_wait
+        if not may_wait:
+            self._training.updates.settle()
 
     def activations(self) -> Paging:
         """A context manager in which what autograd saves for backward is paged too, where it does not fit.
@@ -236,6 +256,8 @@ class Pager:
         Waits for transfers in flight. Idempotent. Modified weights that were not saved are lost.
         """
         drop_abandoned_calls()  # or the guard might still be off, and what follows would crash instead of raising
+        if self._training is not None:
+            self._training.updates.drop()
         self._core.close()
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,9 @@ class PassDirector:
         self._lock = threading.Lock()  # over the fields below
         self._recorded_thread: int | None = None
         self.trains = False  # an optimizer tells of its steps
+        self.before_tracing: Callable[[], None] = _nothing
         self._forwards = 0  # of the training pass that is recorded; 0: none is
-        self._stepped = False  # in its backward
+        self._stepped = False  # it ends with the next forward
         self._tried_to_trace = False
         self._schedules: dict[
             bytes, PageSchedule | None
@@ -146,11 +148,14 @@ class PassDirector:
         self._forwards += 1
         return True
 
-    def step_done(self, *, in_backward: bool) -> None:
-        """An optimizer has made a step: the pass is over, or will be with the backward that it is part of."""
+    def step_done(self, *, pass_goes_on: bool) -> None:
+        """An optimizer has made a step: the pass is over, or will be when the next begins.
+
+        pass_goes_on: the step was part of backward, or has left updates for later, some of which may be made before.
+        """
         if self._forwards == 0 or self._recorded_thread != threading.get_ident():
             return
-        if in_backward:
+        if pass_goes_on:
             self._stepped = True
         else:
             self._end_training_pass(completed=True)
@@ -196,6 +201,8 @@ class PassDirector:
             if self.trains and torch.is_grad_enabled():
                 return  # a forward alone is no pass of training
             from tensorpager.fake_pass import record_on_fakes
+
+            self.before_tracing()
 
             try:
                 events = record_on_fakes(model, self._core, args, kwargs)
@@ -342,6 +349,10 @@ class PassDirector:
         )
         self._known[number] = (key, schedule)
         return number
+
+
+def _nothing() -> None:
+    return None
 
 
 def _tell(mispredicted: int, passes: int) -> None:

@@ -8,7 +8,8 @@ an optimizer that steps inside of backward, stays where it is the next time, and
 when the next one has come.
 
 Optimizers. `step()` runs on some parameters at a time, as many as half of the budget holds with their gradients and
-state, which are resident together while it does. What state it made is moved to spill after each group. The update of a
+state, which are resident together while it does: those of one module when it is next entered (`updates.py`), or all of
+them at once. What state it made is moved to spill after each group. The update of a
 parameter must depend on no other parameter's: so the optimizers of torch.optim are taken (but for LBFGS), the one of
 optim.py, and any subclass that leaves their step() alone; others are refused.
 
@@ -27,10 +28,12 @@ import torch
 
 from tensorpager.backward import HeldRanges
 from tensorpager.errors import PagedTensorError
+from tensorpager.gradients import GradientNotes, NormsWanted
 from tensorpager.optim import AdamW
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.places import Places
 from tensorpager.spill import SpillArena
+from tensorpager.updates import Update, Updates
 from tensorpager.windows import Hook, Window
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ __all__ = ["Training", "check_optimizers"]
 
 #: Smaller gradients and state stay in RAM: step counts, biases, norms. Of a page, so that little of it is ever lost.
 _MOVED_BYTES_MIN = 16 * 2**10
+
+#: Updates of small modules are made together, of parameters (a quarter of what an update needs, most often) up to so
+#: small a part of the budget.
+_TOGETHER_SHARE = 64
 
 _STEPS_EACH_ALONE = (
     torch.optim.Adadelta,
@@ -105,6 +112,8 @@ class Training:
         self._used_at_once: set[int] = set()  # parameters by id whose gradient is gone when the next one comes
         self._last_made: torch.Tensor | None = None  # in this backward
         self._backward_id = -1
+        self.updates = Updates(self._make, core.pinnable_page_count * core.page_bytes // _TOGETHER_SHARE)
+        self._norms = NormsWanted()
 
     @property
     def size_bytes(self) -> int:
@@ -128,6 +137,7 @@ class Training:
         backing.windows.append(self._window)
         self._names[id(paged)] = backing.name
         if paged.requires_grad:
+            paged.register_hook(_BeforeGradientHook(weakref.ref(paged)))  # type: ignore[no-untyped-call]
             paged.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
         if paged.grad is not None:
             self.move_gradient(paged)
@@ -146,6 +156,7 @@ class Training:
         backward_id = torch._C._current_graph_task_id()
         if backward_id != self._backward_id:
             self._backward_id = backward_id
+            self.places.note_use()  # at its most: all that forward has saved
             torch.autograd.Variable._execution_engine.queue_callback(self._settle_last)
         if self._last_made is not parameter:
             self._settle_last()
@@ -172,33 +183,67 @@ class Training:
             gradient = parameter.grad
             if type(gradient) is PagedTensor and gradient.numel() > 0:
                 self._core.note_modified(*span_of(gradient))  # it was added to
+                self._note_norm(gradient, gradient)
             if not _moves(gradient):
                 return
             assert gradient is not None
-            parameter.grad = self.places.copy_in(gradient.detach(), f"{self._name(parameter)}.grad")
+            paged = self.places.copy_in(gradient.detach(), f"{self._name(parameter)}.grad")
+            assert paged._tp_backing is not None
+            paged._tp_backing.gradient = GradientNotes(self._norms)
+            self._note_norm(paged, gradient)
+            parameter.grad = paged
+
+    def _note_norm(self, paged: PagedTensor, values: torch.Tensor) -> None:
+        """While the gradient is at hand. `values`: those of `paged`."""
+        notes = None if paged._tp_backing is None else paged._tp_backing.gradient
+        if notes is not None and self._norms.wanted and values.is_floating_point():
+            notes.note_norm(torch.linalg.vector_norm(values.detach(), 2.0), paged)
 
     def _name(self, parameter: torch.Tensor) -> str:
         return self._names.get(id(parameter), "parameter")
 
     # -- optimizers
 
-    def step(self, optimizer: torch.optim.Optimizer, run: Callable[[], Any]) -> None:
-        """`run` for a group of the optimizer's parameters at a time."""
-        all_parameters = [group["params"] for group in optimizer.param_groups]
+    def step(self, optimizer: torch.optim.Optimizer, run: Callable[[], Any]) -> bool:
+        """Update the optimizer's parameters by `run`, or put it off. Returns whether all is done."""
+        self._norms.step_done()
+        now = self.updates.put_off(optimizer, run)
+        groups = list(optimizer.param_groups)
+        everything = [group["params"] for group in groups]
         try:
-            for part in list(self._parts(optimizer)):  # the lists it looks at change below
-                for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
-                    group["params"] = [parameter for parameter in parameters if id(parameter) in part]
-                with HeldRanges(self._core, self._window, _spans(optimizer)):
-                    run()
-                    self._note_modified(optimizer)
-                for parameter in _parameters(optimizer):
-                    self._move_state(optimizer, parameter)
-                # What the update computed with, which a step that makes no state would keep all of.
-                self.places.trim(sum(size_bytes for _, size_bytes in _spans(optimizer)))
-        finally:
-            for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
+            for group, parameters in zip(groups, now, strict=True):
                 group["params"] = parameters
+            if any(now) or not self.updates.any_wait:
+                with self.updates.being_made():
+                    self._in_parts(optimizer, run)
+        finally:
+            for group, parameters in zip(groups, everything, strict=True):
+                group["params"] = parameters
+        return not self.updates.any_wait
+
+    def _make(self, update: Update) -> None:
+        with update.as_at_step():
+            self._in_parts(update.optimizer, update.run, update.begin)
+
+    def _in_parts(
+        self, optimizer: torch.optim.Optimizer, run: Callable[[], Any], begin: Callable[[], None] | None = None
+    ) -> None:
+        """`run` for some of the parameters that the optimizer has now at a time; `begin` before the first of them."""
+        all_parameters = [group["params"] for group in optimizer.param_groups]
+        for part in list(self._parts(optimizer)):  # the lists it looks at change below
+            for group, parameters in zip(optimizer.param_groups, all_parameters, strict=True):
+                group["params"] = [parameter for parameter in parameters if id(parameter) in part]
+            spans = _spans(optimizer)
+            with HeldRanges(self._core, self._window, spans):
+                if begin is not None:
+                    begin()
+                    begin = None
+                run()
+                self._note_modified(optimizer)
+            for parameter in _parameters(optimizer):
+                self._move_state(optimizer, parameter)
+            # What the update computed with, which a step that makes no state would keep all of.
+            self.places.trim(sum(size_bytes for _, size_bytes in spans))
 
     def _note_modified(self, optimizer: torch.optim.Optimizer) -> None:
         """What a step changes: parameters that have gradients, and their state."""
@@ -206,8 +251,8 @@ class Training:
             with torch._C.DisableTorchFunctionSubclass():
                 gradient = parameter.grad
             for tensor in _belonging(optimizer, parameter) if gradient is not None else ():
-                if tensor is not gradient and type(tensor) is PagedTensor and tensor.numel() > 0:
-                    self._core.note_modified(*span_of(tensor))
+                if tensor is not gradient and type(tensor) is PagedTensor and _span(tensor)[1] > 0:
+                    self._core.note_modified(*_span(tensor))
 
     def _parts(self, optimizer: torch.optim.Optimizer) -> Iterator[set[int]]:
         """Parameters by id, as many as half of the budget holds together with what belongs to them."""
@@ -256,7 +301,7 @@ def _belonging(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> lis
 def _step_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, page_bytes: int) -> int:
     """Of the frames that one parameter's update needs; state to be made is taken for twice the parameter."""
     tensors = [each for each in _belonging(optimizer, parameter) if type(each) is PagedTensor]
-    sizes = [span_of(each)[1] + page_bytes for each in tensors]
+    sizes = [_span(each)[1] + page_bytes for each in tensors]
     if parameter not in optimizer.state:
         of_torch = 2 * parameter.numel() * parameter.element_size()
         sizes += [optimizer.state_bytes(parameter) if isinstance(optimizer, AdamW) else of_torch]
@@ -265,7 +310,15 @@ def _step_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, page_
 
 def _spans(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
     tensors = [each for parameter in _parameters(optimizer) for each in _belonging(optimizer, parameter)]
-    return sorted({span_of(each) for each in tensors if type(each) is PagedTensor and each.numel() > 0})
+    spans = {_span(each) for each in tensors if type(each) is PagedTensor}
+    return sorted(span for span in spans if span[1] > 0)
+
+
+def _span(tensor: PagedTensor) -> tuple[int, int]:
+    """span_of(), which takes longer, once for a tensor."""
+    if tensor._tp_span is None:
+        tensor._tp_span = span_of(tensor)
+    return tensor._tp_span
 
 
 class _PagedStep:
@@ -285,8 +338,8 @@ def _make_paged_step(optimizer: torch.optim.Optimizer, training: Training, direc
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        training.step(self, functools.partial(plain_step, self))
-        director.step_done(in_backward=torch._C._current_graph_task_id() != -1)
+        done = training.step(self, functools.partial(plain_step, self))
+        director.step_done(pass_goes_on=not done or torch._C._current_graph_task_id() != -1)
         return loss
 
     def reduce_ex(self: Any, _protocol: object) -> Any:
@@ -294,7 +347,23 @@ def _make_paged_step(optimizer: torch.optim.Optimizer, training: Training, direc
 
     hooked: Any = torch.optim.Optimizer.profile_hook_step(functools.wraps(kind.step)(step))
     hooked.hooked = True
-    members = {"step": hooked, "__reduce_ex__": reduce_ex, "__module__": kind.__module__, "__doc__": kind.__doc__}
+
+    def state(self: Any) -> Any:
+        training.updates.settle_for_state()
+        return vars(self)["state"]
+
+    def set_state(self: Any, values: dict[str, Any]) -> None:
+        training.updates.settle()  # load_state_dict() puts other state in place, and what waits is of the old
+        kind.__setstate__(self, values)
+
+    members = {
+        "step": hooked,
+        "__setstate__": set_state,
+        "state": property(state, lambda self, value: vars(self).__setitem__("state", value)),
+        "__reduce_ex__": reduce_ex,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+    }
     scheduled = vars(optimizer).pop("step", None)
     optimizer.__class__ = type(kind.__name__, (kind, _PagedStep), members)
     if scheduled is not None:  # a learning rate scheduler watches whether step() is called
@@ -311,6 +380,27 @@ def _make_paged_step(optimizer: torch.optim.Optimizer, training: Training, direc
 
 def _make_ordinary(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
     return kind.__new__(kind)
+
+
+class _BeforeGradientHook(Hook):
+    """Hook of a parameter: autograd is about to add to its gradient, which may be behind, or waited for."""
+
+    __slots__ = ("_parameter",)
+
+    def __init__(self, parameter: weakref.ref[PagedTensor]) -> None:
+        self._parameter = parameter
+
+    def __call__(self, _gradient: torch.Tensor) -> None:
+        """Make its update, or multiply it."""
+        parameter = self._parameter()
+        if parameter is None:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            gradient = parameter.grad
+        for tensor in (parameter, gradient):
+            backing = tensor._tp_backing if type(tensor) is PagedTensor else None
+            if backing is not None and backing.update is not None:
+                backing.update.settle()
 
 
 class _GradientHook(Hook):

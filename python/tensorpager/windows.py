@@ -39,6 +39,7 @@ from tensorpager.errors import BudgetError
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
+    from tensorpager.updates import Update
 
 __all__ = [
     "Call",
@@ -62,9 +63,10 @@ class Window:
     """The pages of one module's own parameters. open: the calls that hold them, of all threads.
 
     stream: gives the handle of the current stream of the core's device; None on the host.
+    updates: of the parameters, to be made before they are used (`updates.py`).
     """
 
-    __slots__ = ("core", "name", "on_device", "open", "set_id", "stream")
+    __slots__ = ("core", "name", "on_device", "open", "set_id", "stream", "updates")
 
     def __init__(self, core: Core, set_id: int, name: str) -> None:
         self.core = core
@@ -73,6 +75,12 @@ class Window:
         self.set_id = set_id
         self.name = name
         self.open: list[Call] = []
+        self.updates: list[Update] = []
+
+    def settle(self) -> None:
+        """Make the updates that the parameters are behind by. Blocks on I/O."""
+        for update in list(self.updates):
+            update.settle()
 
 
 class Call:
@@ -182,6 +190,8 @@ class EnterHook(Hook):
         calls = _open.calls
         if calls:
             drop_abandoned_calls()
+        if self.window.updates:
+            self.window.settle()
         frame = sys._getframe(1)
         if frame.f_code is not _CALL_IMPL and frame.f_back is not None:  # calling_frame(), inlined: this is every call
             frame = frame.f_back
@@ -201,9 +211,13 @@ class EnterUnguardedHook(Hook):
     __slots__ = ()
     traced = True
 
-    def __call__(self, _module: torch.nn.Module, _args: tuple[Any, ...]) -> None:
+    def __call__(self, module: torch.nn.Module, _args: tuple[Any, ...]) -> None:
         """Switch the guard off."""
         drop_abandoned_calls()
+        for parameter in module.parameters():  # the guard would
+            backing = getattr(parameter, "_tp_backing", None)
+            if backing is not None and backing.update is not None:
+                backing.update.settle()
         call = UnguardedCall(calling_frame(1))
         _open.calls.append(call)
         call.acquire()
