@@ -280,6 +280,20 @@ void bind_pagefile(py::module_& module) {
                                const std::span<const std::byte> bytes = self.get().metadata();
                                return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
                              })
+      .def_property_readonly(
+          "prepared", [](OwnedPagefile& self) { return self.get().prepared(); },
+          "Whether the commit after the last is prepared, and publish() or abandon() has to decide on it.")
+      .def_property_readonly("prepared_metadata",
+                             [](OwnedPagefile& self) {
+                               const std::span<const std::byte> bytes = self.get().prepared_metadata();
+                               return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+                             })
+      .def(
+          "publish", [](OwnedPagefile& self) { self.get().publish(); }, py::call_guard<py::gil_scoped_release>(),
+          "Make the prepared commit the last one. IoError, ValueError.")
+      .def(
+          "abandon", [](OwnedPagefile& self) { self.get().abandon(); }, py::call_guard<py::gil_scoped_release>(),
+          "Drop the prepared commit. IoError, ValueError.")
       .def(
           "stored",
           [](OwnedPagefile& self, std::uint32_t page) { return self.get().record(page_of(self, page)).extent.valid(); },
@@ -400,8 +414,21 @@ void bind_pager_commits(py::class_<Pager>& pager) {
           py::arg("metadata"),
           "Make what the pages hold now the pagefile's next commit, with this metadata. Blocks until it is on the "
           "drive; nobody may write to the pages meanwhile. ValueError without a pagefile, or when a page was written "
-          "to "
-          "all the same; IoError, and then the commit before is whole; KeyboardInterrupt.")
+          "to all the same; IoError, and then the commit before is whole; KeyboardInterrupt.")
+      .def(
+          "prepare_commit",
+          [](Pager& self, const py::bytes& metadata) {
+            const std::string_view view = metadata;
+            const py::gil_scoped_release no_gil;
+            self.prepare_commit(std::as_bytes(std::span(view)), interrupted());
+          },
+          py::arg("metadata"),
+          "A commit that others make too: all of commit() but its last step, which publish_commit() makes; "
+          "abandon_commit() drops it. Until one of them, a process that dies leaves it prepared. As commit().")
+      .def("publish_commit", &Pager::publish_commit, py::call_guard<py::gil_scoped_release>(),
+           "Make the prepared commit the last one. ValueError when none is; IoError.")
+      .def("abandon_commit", &Pager::abandon_commit, py::call_guard<py::gil_scoped_release>(),
+           "Drop the prepared commit. ValueError when none is; IoError.")
       .def_property_readonly("commit_number", &Pager::commit_number, "Of the last commit; 0 before the first.");
 }
 

@@ -19,6 +19,7 @@ namespace {
 
 std::string root_path(const std::string& directory) { return directory + "/root.tensorpager"; }
 std::string temporary_root_path(const std::string& directory) { return directory + "/root.tensorpager.new"; }
+std::string prepared_root_path(const std::string& directory) { return directory + "/root.tensorpager.prepared"; }
 std::string lock_path(const std::string& directory) { return directory + "/lock.tensorpager"; }
 std::string extent_path(const std::string& directory) { return directory + "/pages.tensorpager"; }
 
@@ -90,7 +91,7 @@ bool exists(FileSystem& file_system, const std::string& path) {
 }
 
 void refuse_to_replace(FileSystem& file_system, const std::vector<std::string>& directories) {
-  std::vector<std::string> paths = {root_path(directories.front())};
+  std::vector<std::string> paths = {root_path(directories.front()), prepared_root_path(directories.front())};
   for (const std::string& directory : directories) paths.push_back(extent_path(directory));
   for (const std::string& path : paths) {
     if (!exists(file_system, path)) continue;
@@ -102,8 +103,7 @@ void refuse_to_replace(FileSystem& file_system, const std::vector<std::string>& 
   }
 }
 
-PagefileRoot read_root(FileSystem& file_system, const std::string& directory) {
-  const DurableFile file = open_root(file_system, directory);
+PagefileRoot read_root(const DurableFile& file) {
   const std::uint64_t size_bytes = file.size_bytes();
   std::array<std::byte, kRootHeaderBytes> header{};
   const std::size_t header_bytes = file.read(0, header);
@@ -174,7 +174,8 @@ Pagefile Pagefile::open(const std::vector<std::string>& directories, const Pagef
   open_root(file_system, directories.front());  // or a lock would be left behind in a directory that holds no store
   Pagefile pagefile(file_system, directories, take_lock(file_system, directories.front()), options);
   remove_file(file_system, temporary_root_path(directories.front()));
-  pagefile.committed_ = read_root(file_system, directories.front());
+  pagefile.committed_ = read_root(open_root(file_system, directories.front()));
+  pagefile.find_prepared();
   sync_directory(file_system, directories.front());  // what is shown now, no later crash takes back
   pagefile.root_settled_ = false;
   if (pagefile.committed_.stripe_count != directories.size()) {
@@ -188,15 +189,46 @@ Pagefile Pagefile::open(const std::vector<std::string>& directories, const Pagef
   return pagefile;
 }
 
+// One of a commit that is there already was abandoned, and a crash has brought its name back.
+void Pagefile::find_prepared() {
+  const std::string path = prepared_root_path(directory_);
+  if (!exists(*file_system_, path)) return;
+  PagefileRoot found = read_root(DurableFile::open(*file_system_, path));
+  if (found.store == committed_.store && found.commit_number <= commit_number()) {
+    remove_file(*file_system_, path);
+    return;
+  }
+  if (found.store != committed_.store || found.commit_number != commit_number() + 1 ||
+      found.page_bytes != committed_.page_bytes || found.stripe_count != committed_.stripe_count) {
+    throw Error(ErrorKind::io,
+                path + " is of another pagefile, or of another commit than the one after " +
+                    std::to_string(commit_number()) + "; bring back a copy of the whole store",
+                EBADMSG);
+  }
+  prepared_ = std::move(found);
+  found_prepared_ = true;
+}
+
 void Pagefile::open_stripes(const std::vector<std::string>& directories) {
   TP_CHECK(stripes_.empty() && directories.size() == committed_.stripe_count);
   std::vector<std::vector<std::uint64_t>> used(directories.size());
   for (const PageRecord& record : committed_.pages) {
     if (record.extent.valid()) used[record.extent.stripe].push_back(record.extent.offset_bytes);
   }
+  for (std::size_t page = 0; prepared_ && page < prepared_->pages.size(); ++page) {
+    const Extent extent = prepared_->pages[page].extent;
+    const bool shared = page < committed_.pages.size() && committed_.pages[page].extent == extent;
+    if (extent.valid() && !shared) used[extent.stripe].push_back(extent.offset_bytes);
+  }
   stripes_.reserve(directories.size());
   for (std::uint32_t stripe = 0; stripe < directories.size(); ++stripe) {
     std::sort(used[stripe].begin(), used[stripe].end());
+    if (std::adjacent_find(used[stripe].begin(), used[stripe].end()) != used[stripe].end()) {
+      throw Error(ErrorKind::io,
+                  "the last commit and the prepared one in " + directory_ +
+                      " have different pages in the same place; bring back a copy of the whole store",
+                  EBADMSG);
+    }
     const ExtentHeader header{committed_.store, stripe, page_bytes()};
     stripes_.push_back(
         ExtentFile::open(*file_system_, extent_path(directories[stripe]), header, growth_bytes_, used[stripe]));
@@ -216,6 +248,20 @@ const ExtentFile& Pagefile::extent_file(std::uint32_t stripe) const {
 
 void Pagefile::refuse_when_stopped() const {
   if (stopped_) throw *stopped_;
+  if (found_prepared_) refuse_when_undecided();
+}
+
+void Pagefile::refuse_when_undecided() const {
+  if (!prepared_) return;
+  throw Error(ErrorKind::io,
+              "the pagefile in " + directory_ + " has prepared commit " + std::to_string(commit_number() + 1) +
+                  " together with others, and does not know whether they have it: until that is decided it takes no "
+                  "other. Resume with all of them",
+              EBUSY);
+}
+
+std::span<const std::byte> Pagefile::prepared_metadata() const noexcept {
+  return prepared_ ? std::span<const std::byte>(prepared_->metadata) : std::span<const std::byte>();
 }
 
 // From here on whatever changes the store throws this. `commit_in_flight` is the last commit's number unless the new
@@ -283,15 +329,28 @@ void Pagefile::free_extent(Extent extent) {
   stripes_[extent.stripe].put(extent.offset_bytes);
 }
 
-Extent Pagefile::committed_extent(std::size_t page) const {
-  return page < committed_.pages.size() ? committed_.pages[page].extent : Extent{};
+// Whether the last commit, or the prepared one, has the page there.
+bool Pagefile::kept(std::size_t page, Extent extent) const {
+  const auto has = [&](const PagefileRoot& root) {
+    return page < root.pages.size() && root.pages[page].extent == extent;
+  };
+  return has(committed_) || (prepared_ && has(*prepared_));
+}
+
+// The extents of a root that is neither any more.
+void Pagefile::free_unkept(const PagefileRoot& root) {
+  for (std::size_t page = 0; page < root.pages.size(); ++page) {
+    const Extent extent = root.pages[page].extent;
+    const bool used_now = page < pages_.size() && pages_[page].extent == extent;
+    if (extent.valid() && !used_now && !kept(page, extent)) free_extent(extent);
+  }
 }
 
 void Pagefile::written(PageId page, Extent extent, std::uint64_t checksum, std::uint32_t generation) {
   const std::size_t taken = taken_.erase(extent);
   TP_CHECK(page.value < pages_.size() && taken == 1);
   PageRecord& record = pages_[page.value];
-  if (record.extent.valid() && record.extent != committed_extent(page.value)) free_extent(record.extent);
+  if (record.extent.valid() && !kept(page.value, record.extent)) free_extent(record.extent);
   record = {extent, generation, checksum};
   stripes_[extent.stripe].mark_written();
 }
@@ -301,7 +360,7 @@ void Pagefile::discard(PageId page) {
   refuse_when_stopped();
   TP_CHECK(page.value < pages_.size());
   PageRecord& record = pages_[page.value];
-  if (record.extent.valid() && record.extent != committed_extent(page.value)) free_extent(record.extent);
+  if (record.extent.valid() && !kept(page.value, record.extent)) free_extent(record.extent);
   record = {Extent{}, record.generation, 0};
 }
 
@@ -373,8 +432,10 @@ std::vector<DamagedPage> Pagefile::verify() const {
   return damaged;
 }
 
-void Pagefile::commit(std::span<const std::byte> metadata) {
+// Syncs what it names.
+PagefileRoot Pagefile::next_root(std::span<const std::byte> metadata) {
   refuse_when_stopped();
+  refuse_when_undecided();
   if (metadata.size() > kPagefileMetadataBytesMax) {
     throw_invalid(std::to_string(metadata.size()) + " bytes of metadata; a commit takes " +
                   std::to_string(kPagefileMetadataBytesMax) + " at most, put more into pages");
@@ -386,12 +447,53 @@ void Pagefile::commit(std::span<const std::byte> metadata) {
   } catch (const Error& error) {
     stop(error, commit_number());
   }
+  return next;
+}
+
+void Pagefile::commit(std::span<const std::byte> metadata) {
+  PagefileRoot next = next_root(metadata);
   store_root(next);
   const PagefileRoot before = std::exchange(committed_, std::move(next));
-  for (std::size_t page = 0; page < before.pages.size(); ++page) {
-    const Extent extent = before.pages[page].extent;
-    if (extent.valid() && extent != pages_[page].extent) free_extent(extent);
+  free_unkept(before);
+}
+
+void Pagefile::prepare(std::span<const std::byte> metadata) {
+  PagefileRoot next = next_root(metadata);
+  put_root(next, prepared_root_path(directory_), commit_number());
+  prepared_ = std::move(next);
+}
+
+void Pagefile::publish() {
+  if (stopped_) throw *stopped_;
+  if (!prepared_) throw_invalid("no commit is prepared that could be published or abandoned");
+  try {
+    rename_over(*file_system_, prepared_root_path(directory_), root_path(directory_));
+    sync_directory(*file_system_, directory_);
+  } catch (const Error& error) {
+    stop(error, prepared_->commit_number);
   }
+  if (found_prepared_) {
+    pages_ = prepared_->pages;
+  } else {
+    root_settled_ = true;
+  }
+  found_prepared_ = false;
+  const PagefileRoot before = std::exchange(committed_, *std::exchange(prepared_, std::nullopt));
+  free_unkept(before);
+}
+
+void Pagefile::abandon() {
+  if (stopped_) throw *stopped_;
+  if (!prepared_) throw_invalid("no commit is prepared that could be published or abandoned");
+  try {
+    remove_file(*file_system_, prepared_root_path(directory_));
+    sync_directory(*file_system_, directory_);
+  } catch (const Error& error) {
+    stop(error, commit_number());
+  }
+  found_prepared_ = false;
+  const PagefileRoot dropped = *std::exchange(prepared_, std::nullopt);
+  free_unkept(dropped);
 }
 
 void Pagefile::settle_root() {
@@ -400,8 +502,13 @@ void Pagefile::settle_root() {
   TP_CHECK(root_settled_);
 }
 
-// A failure before the first sync changes nothing. From then on it may have happened, or not, or half.
 void Pagefile::store_root(const PagefileRoot& root) {
+  put_root(root, root_path(directory_), root.commit_number);
+  root_settled_ = true;
+}
+
+// A failure before the first sync changes nothing. From then on it may have happened, or not, or half.
+void Pagefile::put_root(const PagefileRoot& root, const std::string& path, std::uint64_t commit_in_flight) {
   TP_CHECK(!stopped_);
   DurableFile file = write_temporary_root(root);
   try {
@@ -410,12 +517,11 @@ void Pagefile::store_root(const PagefileRoot& root) {
     stop(error, commit_number());
   }
   try {
-    rename_over(*file_system_, file.path(), root_path(directory_));
+    rename_over(*file_system_, file.path(), path);
     sync_directory(*file_system_, directory_);
   } catch (const Error& error) {
-    stop(error, root.commit_number);
+    stop(error, commit_in_flight);
   }
-  root_settled_ = true;
 }
 
 DurableFile Pagefile::write_temporary_root(const PagefileRoot& root) {

@@ -17,6 +17,13 @@
 // fails, nobody knows what the drive holds beyond the last commit: from then on whatever changes the store throws one
 // and the same error, and the store must be opened anew. Nothing is tried again in hope.
 //
+// A commit that others make too. prepare() does all of a commit but its last step: what it writes is on the drive, its
+// root under another name. publish() makes it the last commit, by one rename; abandon() drops it. Until one of them,
+// neither it nor the last commit loses an extent, and pages may be written that belong to none of the two. Whoever dies
+// in between leaves it prepared: open() then shows the last commit, and refuses to change anything before publish() or
+// abandon() has been called. So if nobody publishes before all have prepared, and all publish when one has, the commit
+// is there for all of them or for none, whoever dies and whenever.
+//
 // open() syncs the directory, so that what it shows stays. It takes no room: a store on a full disk can be read. The
 // first take_extent() then writes the root once more, because the process before may have seen that sync fail (a second
 // one proves nothing), and extents that only the root before uses may be taken over when no crash can bring it back.
@@ -83,6 +90,12 @@ class Pagefile {
   void write(PageId page, std::span<const std::byte> bytes);
   void read(PageId page, std::span<std::byte> bytes) const;  // as it is now, committed or not
   void commit(std::span<const std::byte> metadata);
+  void prepare(std::span<const std::byte> metadata);
+  void publish();
+  void abandon();
+  bool prepared() const noexcept { return prepared_.has_value(); }  // by prepare(), or found by open()
+  std::span<const std::byte> prepared_metadata() const noexcept;    // of the commit after the last; empty: none
+  void refuse_when_undecided() const;                               // Error(io), EBUSY, when one is prepared
   // Reads a page of the last commit, through the page cache: what was written lately may come from memory. Nothing when
   // its bytes are those that were written. verify(): every page.
   std::optional<DamagedPage> check(PageId page) const;
@@ -93,14 +106,18 @@ class Pagefile {
            const PagefileOptions& options);
   void create_stripes(const std::vector<std::string>& directories);
   void open_stripes(const std::vector<std::string>& directories);
+  void find_prepared();
   void refuse_when_stopped() const;
   [[noreturn]] void stop(const Error& cause, std::uint64_t commit_in_flight);
   void settle_root();
+  PagefileRoot next_root(std::span<const std::byte> metadata);
   void store_root(const PagefileRoot& root);
+  void put_root(const PagefileRoot& root, const std::string& path, std::uint64_t commit_in_flight);
   DurableFile write_temporary_root(const PagefileRoot& root);
   std::uint32_t emptiest_stripe() const;
-  Extent committed_extent(std::size_t page) const;
+  bool kept(std::size_t page, Extent extent) const;
   void free_extent(Extent extent);
+  void free_unkept(const PagefileRoot& root);
   std::string damage(const PageRecord& record, PageId page, std::span<std::byte> bytes) const;
 
   FileSystem* file_system_;
@@ -111,9 +128,11 @@ class Pagefile {
   std::vector<ExtentFile> stripes_;
   PagefileRoot committed_;         // the last commit
   std::vector<PageRecord> pages_;  // now
-  std::set<Extent> taken_;         // by take_extent(), and holding no page yet
-  bool root_settled_ = true;       // false: found by open(), perhaps never synced
-  std::optional<Error> stopped_;   // why nothing may change any more
+  std::optional<PagefileRoot> prepared_;
+  bool found_prepared_ = false;   // by open(), and nobody has decided yet
+  std::set<Extent> taken_;        // by take_extent(), and holding no page yet
+  bool root_settled_ = true;      // false: found by open(), perhaps never synced
+  std::optional<Error> stopped_;  // why nothing may change any more
 };
 
 }  // namespace tp

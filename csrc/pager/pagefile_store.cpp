@@ -9,6 +9,7 @@
 namespace tp {
 
 PagefileStore::PagefileStore(Pagefile pagefile) : pagefile_(std::move(pagefile)), page_bytes_(pagefile_.page_bytes()) {
+  pagefile_.refuse_when_undecided();
   for (std::uint32_t stripe = 0; stripe < pagefile_.stripe_count(); ++stripe)
     files_.push_back(File::open_stored(pagefile_.extent_file(stripe).path(), DirectPolicy::optional));
   TP_CHECK(!files_.empty());
@@ -28,6 +29,21 @@ void PagefileStore::attach(PageId first, std::span<PageEntry> entries) {
 void PagefileStore::commit(std::span<const std::byte> metadata) {
   const std::lock_guard lock(mutex_);
   pagefile_.commit(metadata);
+}
+
+void PagefileStore::prepare(std::span<const std::byte> metadata) {
+  const std::lock_guard lock(mutex_);
+  pagefile_.prepare(metadata);
+}
+
+void PagefileStore::publish() {
+  const std::lock_guard lock(mutex_);
+  pagefile_.publish();
+}
+
+void PagefileStore::abandon() {
+  const std::lock_guard lock(mutex_);
+  pagefile_.abandon();
 }
 
 std::uint64_t PagefileStore::commit_number() const {

@@ -22,11 +22,14 @@ namespace tp {
 
 class PagefileStore final : public PageStore {
  public:
-  explicit PagefileStore(Pagefile pagefile);
+  explicit PagefileStore(Pagefile pagefile);  // in which no commit is prepared
 
   // The address space has got pages. Those that the store had already come back as they were at its last commit.
   void attach(PageId first, std::span<PageEntry> entries);
   void commit(std::span<const std::byte> metadata);
+  void prepare(std::span<const std::byte> metadata);
+  void publish();
+  void abandon();
   std::uint64_t commit_number() const;
   std::uint64_t page_bytes() const noexcept { return page_bytes_; }
 

@@ -17,7 +17,6 @@
 #include "pager/device_mover.hpp"
 #include "pager/fault_handler.hpp"
 #include "pager/host_mover.hpp"
-#include "pager/page_flush.hpp"
 #include "pager/page_size.hpp"
 #include "pager/spill.hpp"
 
@@ -528,36 +527,6 @@ void Pager::read_without_device(AddressRange range, std::byte* destination) cons
     std::copy(page_copy.data() + (begin - space_->address(page)), page_copy.data() + (end - space_->address(page)),
               destination + (begin - range.address));
   }
-}
-
-void Pager::commit(std::span<const std::byte> metadata, const Residency::Interrupted& interrupted) {
-  const std::lock_guard commit_lock(commit_mutex_);
-  throw_if_unusable();
-  if (pagefile_ == nullptr) {
-    throw Error(ErrorKind::invalid, "commit() needs a pagefile; this pager's modified pages end with the process");
-  }
-  {
-    const std::unique_ptr<IoQueue> queue = make_queue_();
-    PageFlush flush(*residency_, *host_space_, *pagefile_, *queue);
-    std::exception_ptr failure;
-    try {
-      flush.run(interrupted);
-    } catch (...) {
-      failure = std::current_exception();
-    }
-    const std::lock_guard lock(close_mutex_);
-    io_counters_of_flushes_ += queue->counters();
-    if (failure) std::rethrow_exception(failure);
-  }
-  pagefile_->commit(metadata);
-  const std::lock_guard lock(residency_->mutex);
-  residency_->store_may_have_room = true;  // extents of the commit before are free
-  residency_->wake();
-}
-
-std::uint64_t Pager::commit_number() const {
-  const std::lock_guard lock(close_mutex_);
-  return pagefile_ == nullptr ? commit_number_at_close_ : pagefile_->commit_number();
 }
 
 std::unique_ptr<Ticket> Pager::prefetch(SetId id) {

@@ -125,6 +125,11 @@ class Pager {
   // may write to the pages meanwhile. Afterwards they are as resident as before. Error(invalid) without a pagefile, and
   // when a page was written to all the same; Error(io): the commit before is whole, and nothing in memory is lost.
   void commit(std::span<const std::byte> metadata, const Residency::Interrupted& interrupted);
+  // A commit that others make too, see pagefile.hpp: prepare_commit() as commit() without its last step, which
+  // publish_commit() makes; abandon_commit() drops it. Error(invalid) when none is prepared.
+  void prepare_commit(std::span<const std::byte> metadata, const Residency::Interrupted& interrupted);
+  void publish_commit();
+  void abandon_commit();
   std::uint64_t commit_number() const;  // of the last commit, 0 without one
   std::unique_ptr<Ticket> prefetch(SetId id);
   void wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda::Stream stream = nullptr);
@@ -198,6 +203,9 @@ class Pager {
   std::string quantised_reason_;      // likewise
   std::unique_ptr<Residency> residency_;
   std::unique_ptr<Executor> executor_;
+  void flush_modified(const Residency::Interrupted& interrupted);
+  void decide_commit(void (PagefileStore::*decide)());
+  void note_room_in_store();
   std::shared_ptr<PagefileStore> pagefile_;
   std::function<std::unique_ptr<IoQueue>()> make_queue_;  // for flushes
   std::mutex commit_mutex_;                               // before close_mutex_: close() waits for a commit

@@ -165,11 +165,19 @@ class Pagefile:
         """
         The last commit. The same directories in the same order. IoError.
         """
+    def abandon(self) -> None:
+        """
+        Drop the prepared commit. IoError, ValueError.
+        """
     def check(self, page: typing.SupportsInt | typing.SupportsIndex) -> DamagedPage | None:
         """
         Reads a page of the last commit. What is wrong with it, or None. IndexError.
         """
     def close(self) -> None: ...
+    def publish(self) -> None:
+        """
+        Make the prepared commit the last one. IoError, ValueError.
+        """
     def read(self, page: typing.SupportsInt | typing.SupportsIndex) -> bytearray:
         """
         The page's bytes. IoError when they are not those that were written; IndexError.
@@ -186,6 +194,13 @@ class Pagefile:
     def page_bytes(self) -> int: ...
     @property
     def page_count(self) -> int: ...
+    @property
+    def prepared(self) -> bool:
+        """
+        Whether the commit after the last is prepared, and publish() or abandon() has to decide on it.
+        """
+    @property
+    def prepared_metadata(self) -> bytes: ...
 
 class FileTransfers:
     """
@@ -288,6 +303,10 @@ class Pager:
         """
         Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: 'auto' (cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the spill, so that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, ValueError.
         """
+    def abandon_commit(self) -> None:
+        """
+        Drop the prepared commit. ValueError when none is; IoError.
+        """
     def acquire(
         self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
     ) -> None:
@@ -388,9 +407,17 @@ class Pager:
         """
         State of every page, uint8: an index into PAGE_STATES.
         """
+    def prepare_commit(self, metadata: bytes) -> None:
+        """
+        A commit that others make too: all of commit() but its last step, which publish_commit() makes; abandon_commit() drops it. Until one of them, a process that dies leaves it prepared. As commit().
+        """
     def prefetch(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> Ticket:
         """
         Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.
+        """
+    def publish_commit(self) -> None:
+        """
+        Make the prepared commit the last one. ValueError when none is; IoError.
         """
     def record_begin(self, dry: bool) -> None:
         """
