@@ -9,12 +9,12 @@
 #include "bind/byte_tensor.hpp"
 #include "bind/file_transfers.hpp"
 #include "bind/interrupted.hpp"
+#include "bind/pagefile.hpp"
 #include "bind/recording.hpp"
 #include "device/cufile.hpp"
 #include "device/mapping_cost.hpp"
 #include "io/probe.hpp"
 #include "pager/event_ring.hpp"
-#include "pager/page_size.hpp"
 #include "pager/pager.hpp"
 
 namespace py = pybind11;
@@ -226,105 +226,12 @@ tp::Transport transport_of(const std::string& name) {
   throw tp::Error(tp::ErrorKind::invalid, "transport is '" + name + "'; it must be 'auto', 'host' or 'cufile'");
 }
 
-// A pagefile of Python's until a pager takes it over.
-struct OwnedPagefile {
-  std::optional<tp::Pagefile> pagefile;
-  tp::Pagefile& get() {
-    if (pagefile) return *pagefile;
-    throw tp::Error(tp::ErrorKind::closed,
-                    "the pagefile was closed, or given to a pager, which commits to it from now on");
-  }
-};
-
-tp::PageId page_of(OwnedPagefile& self, std::uint32_t page) {
-  if (page >= self.get().page_count()) throw py::index_error("page " + std::to_string(page));
-  return tp::PageId{page};
-}
-
-void bind_pagefile(py::module_& module) {
-  module.def("choose_host_page_bytes", &tp::choose_host_page_bytes, py::arg("budget_bytes"),
-             "The page size of a host pager with this budget, unless another is asked for.");
-  py::class_<tp::DamagedPage>(module, "DamagedPage",
-                              "A page of a pagefile whose bytes are not those that were written.")
-      .def_property_readonly("page", [](const tp::DamagedPage& self) { return self.page.value; })
-      .def_readonly("file", &tp::DamagedPage::file)
-      .def_readonly("offset_bytes", &tp::DamagedPage::offset_bytes)
-      .def_readonly("why", &tp::DamagedPage::why);
-  py::class_<OwnedPagefile, std::shared_ptr<OwnedPagefile>>(
-      module, "Pagefile", "A durable store of pages, open: nobody else can open it meanwhile. One thread.")
-      .def_static(
-          "create",
-          [](const std::vector<std::string>& directories, std::uint64_t page_bytes,
-             const std::vector<double>& weights) {
-            tp::PagefileOptions options;
-            options.weights = weights;
-            return OwnedPagefile{tp::Pagefile::create(directories, page_bytes, options)};
-          },
-          py::arg("directories"), py::kw_only(), py::arg("page_bytes"), py::arg("weights") = std::vector<double>{},
-          py::call_guard<py::gil_scoped_release>(),
-          "In directories that exist and hold none. weights: how they share the pages. IoError, ValueError.")
-      .def_static(
-          "open",
-          [](const std::vector<std::string>& directories, const std::vector<double>& weights) {
-            tp::PagefileOptions options;
-            options.weights = weights;
-            return OwnedPagefile{tp::Pagefile::open(directories, options)};
-          },
-          py::arg("directories"), py::kw_only(), py::arg("weights") = std::vector<double>{},
-          py::call_guard<py::gil_scoped_release>(), "The last commit. The same directories in the same order. IoError.")
-      .def_property_readonly("page_bytes", [](OwnedPagefile& self) { return self.get().page_bytes(); })
-      .def_property_readonly("page_count", [](OwnedPagefile& self) { return self.get().page_count(); })
-      .def_property_readonly("commit_number", [](OwnedPagefile& self) { return self.get().commit_number(); })
-      .def_property_readonly("metadata",
-                             [](OwnedPagefile& self) {
-                               const std::span<const std::byte> bytes = self.get().metadata();
-                               return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-                             })
-      .def_property_readonly(
-          "prepared", [](OwnedPagefile& self) { return self.get().prepared(); },
-          "Whether the commit after the last is prepared, and publish() or abandon() has to decide on it.")
-      .def_property_readonly("prepared_metadata",
-                             [](OwnedPagefile& self) {
-                               const std::span<const std::byte> bytes = self.get().prepared_metadata();
-                               return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-                             })
-      .def(
-          "publish", [](OwnedPagefile& self) { self.get().publish(); }, py::call_guard<py::gil_scoped_release>(),
-          "Make the prepared commit the last one. IoError, ValueError.")
-      .def(
-          "abandon", [](OwnedPagefile& self) { self.get().abandon(); }, py::call_guard<py::gil_scoped_release>(),
-          "Drop the prepared commit. IoError, ValueError.")
-      .def(
-          "stored",
-          [](OwnedPagefile& self, std::uint32_t page) { return self.get().record(page_of(self, page)).extent.valid(); },
-          py::arg("page"), "Whether the page takes room; one that does not is all zeros. IndexError.")
-      .def(
-          "read",
-          [](OwnedPagefile& self, std::uint32_t page) {
-            const tp::PageId id = page_of(self, page);
-            py::bytearray result;
-            if (PyByteArray_Resize(result.ptr(), static_cast<Py_ssize_t>(self.get().page_bytes())) != 0)
-              throw py::error_already_set();
-            const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(PyByteArray_AS_STRING(result.ptr())),
-                                             self.get().page_bytes());
-            const py::gil_scoped_release no_gil;
-            self.get().read(id, bytes);
-            return result;
-          },
-          py::arg("page"), "The page's bytes. IoError when they are not those that were written; IndexError.")
-      .def(
-          "check", [](OwnedPagefile& self, std::uint32_t page) { return self.get().check(page_of(self, page)); },
-          py::arg("page"), py::call_guard<py::gil_scoped_release>(),
-          "Reads a page of the last commit. What is wrong with it, or None. IndexError.")
-      .def("close", [](OwnedPagefile& self) { self.pagefile.reset(); });
-}
-
 std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_bytes, const std::string& engine,
                                   unsigned io_depth, std::uint64_t inflight_bytes, const std::string& spill_directory,
                                   std::size_t event_capacity, int device, std::uint64_t host_budget_bytes,
                                   const std::string& driver_library, const std::string& transport,
                                   const std::string& cufile_library,
-                                  const std::optional<std::shared_ptr<OwnedPagefile>>& pagefile) {
+                                  const std::optional<std::shared_ptr<tp::OwnedPagefile>>& pagefile) {
   const py::gil_scoped_release no_gil;
   tp::PagerOptions options;
   options.budget_bytes = budget_bytes;
@@ -341,8 +248,9 @@ std::unique_ptr<Pager> make_pager(std::uint64_t budget_bytes, std::size_t page_b
         tp::DeviceOptions{&driver, device, host_budget_bytes, stand_in, transport_of(transport), cufile_library};
   }
   if (pagefile) {
-    options.pagefile = std::make_shared<tp::PagefileStore>(std::move((*pagefile)->get()));
+    tp::Pagefile taken = std::move((*pagefile)->get());
     (*pagefile)->pagefile.reset();
+    options.pagefile = std::make_shared<tp::PagefileStore>(std::move(taken));
   }
   return std::make_unique<Pager>(options);
 }
@@ -638,7 +546,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
 
   bind_ticket(module);
   bind_quantised_file(module);
-  bind_pagefile(module);
+  tp::bind_pagefile(module);
   tp::bind_file_transfers(module);
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
