@@ -15,9 +15,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--hidden", "128", "--layers", "2"]
 
 
-def run(name: str, *arguments: str | Path) -> str:
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+def run(name: str, *arguments: str | Path, ranks: int = 1) -> str:
+    environment = {**os.environ, "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(EXAMPLES / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -43,3 +44,12 @@ def test_finetuning_by_the_trainer_commits(tmp_path: Path) -> None:
     output = run("finetune_trainer.py", *SMALL, "--store", store, "--budget", "24MiB", "--steps", "2")
     assert "held out" in output
     assert tp.committed(store) == 2
+
+
+def test_finetuning_by_two_ranks_goes_on(tmp_path: Path) -> None:
+    store = tmp_path / "run"
+    paged = [*SMALL, "--store", store, "--budget", "16MiB"]
+    first = run("finetune_distributed.py", *paged, "--steps", "1", ranks=2)
+    second = run("finetune_distributed.py", *paged, "--steps", "2", ranks=2)
+    assert [line.split(":")[0] for line in (first + second).splitlines()] == ["step 1", "step 2"]
+    assert [tp.committed(store / f"rank-{rank}-of-2") for rank in range(2)] == [3, 3]

@@ -31,6 +31,7 @@ TOP_LEVEL = {
 # Tests whose noun is not a source file's, and what they are about.
 NOUNS_OF_THEIR_OWN = {
     "conformance": "what every I/O engine owes to the contract in io_queue.hpp",
+    "distributed": "training by several ranks: ranks.py, joint_commit.py, shards.py, data_parallel.py",
     "examples": "the programs in examples/",
     "failure": "every result of the kernel failing in turn, through all of csrc/pager",
     "gpu_check": "bench/gpu_check.py and what it measures with",

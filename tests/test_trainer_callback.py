@@ -118,3 +118,12 @@ def test_a_store_that_is_not_told_of_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, [PagedTraining(tmp_path / "run", budget="16MiB")]).train()
     with pytest.raises(ValueError, match="1 or more"):
         PagedTraining(tmp_path / "run", commit_every=0)
+
+
+def test_it_is_for_one_process(tmp_path: Path) -> None:
+    class OfTwo:
+        world_size = 2
+
+    with pytest.raises(tp.PagedTensorError, match="is for one process, and 2 train here"):
+        PagedTraining(tmp_path).on_train_begin(OfTwo(), None, None)  # type: ignore[arg-type]
+    assert tp.committed(tmp_path) == 0

@@ -28,6 +28,7 @@ from tensorpager.errors import (
     IoError,
     MemoryMapError,
     PagedTensorError,
+    RanksError,
     TensorPagerError,
     TraceError,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "PagedTensor",
     "PagedTensorError",
     "Pager",
+    "RanksError",
     "Schedule",
     "TensorPagerError",
     "Trace",

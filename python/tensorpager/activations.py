@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,11 +104,12 @@ class _Saved:
 
 
 class Activations:
-    """The activations of one pager's model. `places`: for those that leave."""
+    """The activations of one pager's model. `places`: for those that leave. `left_alone`: what must not."""
 
-    def __init__(self, core: Core, places: Places) -> None:
+    def __init__(self, core: Core, places: Places, left_alone: Container[torch.Tensor] = ()) -> None:
         self._core = core
         self._places = places
+        self._left_alone = left_alone
         self._lock = threading.RLock()
         self._kept_bytes_max = int(core.budget_bytes * KEPT_SHARE)
         self._kept_bytes = 0
@@ -170,7 +172,7 @@ class Activations:
         # Of a small part of a large storage, the rest may have gone already: all of it would be kept for the part.
         if size_bytes < MOVED_BYTES_MIN or 2 * tensor.numel() * tensor.element_size() < size_bytes:
             return False
-        return not self._core.contains(tensor.data_ptr())
+        return not self._core.contains(tensor.data_ptr()) and tensor not in self._left_alone
 
     def _keep(self, tensor: torch.Tensor, size_bytes: int, key: tuple[int, int]) -> _Copy:
         # Names go round, the lowest that is free first: the same places in every step.

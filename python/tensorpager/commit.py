@@ -19,10 +19,12 @@ import torch
 
 from tensorpager.errors import PagedTensorError
 from tensorpager.paged_tensor import PagedTensor, span_of
+from tensorpager.shards import is_sharded, local_of, release_gathered, shard_place
 from tensorpager.training_record import (
     AddressBook,
     Entry,
     OptimizerRecord,
+    Stamp,
     StoredTensor,
     TrainingRecord,
     Value,
@@ -31,6 +33,7 @@ from tensorpager.training_record import (
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
     from tensorpager._core import Region
+    from tensorpager.joint_commit import JointCommits
     from tensorpager.training import Training
 
 __all__ = ["Committer", "kept_buffers", "random_states", "set_random_states"]
@@ -69,9 +72,13 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 class Committer:
-    """Makes the commits of one model. `regions`: of its address space, in the order in which they were mapped."""
+    """Makes the commits of one model. `regions`: of its address space, in the order in which they were mapped.
+
+    joint: set when other ranks commit with this one.
+    """
 
     def __init__(self, core: Core, model: torch.nn.Module, training: Training, regions: list[Region]) -> None:
+        self.joint: JointCommits | None = None
         self._core = core
         self._model = weakref.ref(model)
         self._training = training
@@ -80,6 +87,13 @@ class Committer:
 
     def commit(self, state: object = None) -> int:
         """Returns the commit's number. See Pager.commit."""
+        if self.joint is None:
+            self._core.commit(self._record(state).to_bytes())
+        else:
+            self.joint.commit(self._core, lambda stamp: self._record(state, stamp).to_bytes())
+        return self._core.commit_number
+
+    def _record(self, state: object, stamp: Stamp | None = None) -> TrainingRecord:
         if torch._C._current_graph_task_id() != -1:
             msg = "commit() inside of backward: gradients are half made there; call it between steps"
             raise PagedTensorError(msg)
@@ -88,18 +102,17 @@ class Committer:
             msg = "the model is gone, and with it what a commit would keep"
             raise PagedTensorError(msg)
         self._training.updates.settle()
-        self._core.commit(self._record(model, state).to_bytes())
-        return self._core.commit_number
-
-    def _record(self, model: torch.nn.Module, state: object) -> TrainingRecord:
+        release_gathered(model)
         training = self._training
-        record = TrainingRecord(self._core.page_bytes, state=state, random=random_states())
+        record = TrainingRecord(self._core.page_bytes, state=state, random=random_states(), stamp=stamp)
         for name, parameter in model.named_parameters():
             record.parameters[name] = self._entry(parameter)
+            if is_sharded(parameter):
+                record.shards[name] = shard_place(parameter)
             with torch._C.DisableTorchFunctionSubclass():
                 gradient = parameter.grad
             if gradient is not None:
-                record.gradients[name] = self._entry(gradient)
+                record.gradients[name] = self._gradient_entry(name, gradient)
         for name, owner, own_name in kept_buffers(model):
             record.buffers[name] = self._buffer_entry(name, owner._buffers[own_name])
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -121,19 +134,29 @@ class Committer:
         assert found is not None, "an arena's places lie in its regions"
         return found
 
-    def _entry(self, tensor: torch.Tensor) -> Entry:
+    def _entry(self, given: torch.Tensor) -> Entry:
+        sharded, tensor = is_sharded(given), local_of(given)
         with torch._C.DisableTorchFunctionSubclass():
             if type(tensor) is not PagedTensor or tensor.numel() == 0:
-                return Value(tensor.detach())
+                return Value(tensor.detach(), sharded)
             address, _ = span_of(tensor)
             place = self._book.locate(address)
             if place is None:  # the result of a computation
-                return Value(tensor.detach())
-            return StoredTensor(*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+                return Value(tensor.detach(), sharded)
+            return StoredTensor(*place, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, sharded)
+
+    def _gradient_entry(self, name: str, gradient: torch.Tensor) -> Entry:
+        if type(local_of(gradient)) is PagedTensor or not _is_large(gradient):
+            return self._entry(gradient)
+        # One that stays plain, in a bucket of DistributedDataParallel: its version says nothing of its changes.
+        self._buffers.pop(f"{name}.grad", None)
+        copy = self._training.places.copy_in(gradient.detach(), f"{name}.grad (kept)")
+        self._buffers[f"{name}.grad"] = ((0, 0), copy)
+        return self._entry(copy)
 
     def _buffer_entry(self, name: str, buffer: torch.Tensor | None) -> Entry:
         assert buffer is not None
-        if buffer.numel() * buffer.element_size() <= _INLINE_BYTES_MAX or buffer.layout is not torch.strided:
+        if not _is_large(buffer):
             return Value(buffer.detach())
         mark = (buffer.data_ptr(), buffer._version)
         known = self._buffers.get(name)
@@ -159,6 +182,10 @@ class Committer:
                         for key, value in values.items()
                     }
         return OptimizerRecord(type(optimizer).__name__, groups, state)
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.numel() * tensor.element_size() > _INLINE_BYTES_MAX
 
 
 def _name_of(parameter: torch.Tensor, names: dict[int, str]) -> str:

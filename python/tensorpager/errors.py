@@ -20,6 +20,7 @@ __all__ = [
     "IoError",
     "MemoryMapError",
     "PagedTensorError",
+    "RanksError",
     "TensorPagerError",
     "TraceError",
 ]
@@ -116,6 +117,14 @@ class PagedTensorError(TensorPagerError):
 
     A paged parameter has one address for life. Convert or move the model before paging it, or copy the parameter with
     `.detach().clone()`, which gives an ordinary tensor.
+    """
+
+
+class RanksError(TensorPagerError, RuntimeError):
+    """Another rank of the process group failed, is gone, or is not of this run; or this group is not the run's.
+
+    What all ranks have to do together (page() and resume() with a store, commit()) was then done by none of them,
+    unless the message says that it is undecided: resume() decides it, with all ranks.
     """
 
 

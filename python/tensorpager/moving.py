@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from tensorpager.spill import copy_into, dense_strides, tensor_at
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
+    from tensorpager.shards import Shard
 
 __all__ = ["Group", "Slot", "collect", "move_group", "swap"]
 
@@ -43,16 +44,17 @@ class Group:
     written: bool = False  # its values are at the address already
 
 
-def collect(model: torch.nn.Module, *, meta: bool = False) -> list[Group]:
+def collect(model: torch.nn.Module, shards: Collection[Shard] = (), *, meta: bool = False) -> list[Group]:
     """Every parameter of the model that holds bytes, once, in the order of its modules. Changes nothing.
 
-    meta: they may be on the meta device; then the groups say nothing. PagedTensorError for one that can't be paged, and
-    when there is none.
+    meta: they may be on the meta device; then the groups say nothing. shards: what else there is to page, and is left
+    out. PagedTensorError for one that can't be paged, and when there is none.
     """
     slots: dict[int, Slot] = {}
+    left_out = {id(shard.parameter) for shard in shards}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or id(parameter) in left_out:
                 continue
             slot = slots.get(id(parameter))
             if slot is None:
@@ -64,7 +66,7 @@ def collect(model: torch.nn.Module, *, meta: bool = False) -> list[Group]:
     for slot in slots.values():
         if slot.parameter.numel() > 0:
             by_storage.setdefault(slot.parameter.untyped_storage()._cdata, []).append(slot)
-    if not by_storage:
+    if not by_storage and not shards:
         msg = f"{type(model).__name__} has no parameters to page"
         raise PagedTensorError(msg)
     return [group for sharing in by_storage.values() for group in _overlapping(sharing)]

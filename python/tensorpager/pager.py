@@ -19,16 +19,20 @@ from tensorpager.activations import Activations, Paging
 from tensorpager.backward import BackwardHook
 from tensorpager.budget import format_bytes, parse_bytes
 from tensorpager.commit import Committer
+from tensorpager.data_parallel import WrapperHook, send_paged_states_in_pieces, unwrapped
 from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
 from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
+from tensorpager.joint_commit import JointCommits, StorePlace, create_store
 from tensorpager.moving import Group, collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
 from tensorpager.places import Places
 from tensorpager.private_file import write_private
 from tensorpager.quantised import QuantisedWeights
+from tensorpager.ranks import agreed
+from tensorpager.shards import GatheredParameters, Shard, has_shards, local_of, refuse_for_shards, shards_of
 from tensorpager.spill import SpillArena, aligned_size, choose_directory
-from tensorpager.store import Store, create_pagefile
+from tensorpager.store import Store
 from tensorpager.training import Training, check_optimizers
 from tensorpager.windows import EnterHook, EnterUnguardedHook, LeaveHook, Window, drop_abandoned_calls
 
@@ -137,6 +141,13 @@ class Pager:
         self._director.trains = True
         self._director.before_tracing = training.updates.settle
         self._training = training
+        model = None if self._model is None else self._model()
+        if model is not None:
+            model.register_forward_pre_hook(WrapperHook(training, with_shards=has_shards(model)))
+
+    def _commit_with(self, joint: JointCommits | None) -> None:
+        assert self._committer is not None
+        self._committer.joint = joint
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         """Train a model that is paged already, such as one of from_pretrained(): page gradients and state from now on.
@@ -153,10 +164,11 @@ class Pager:
             msg = "the pager is closed: its model can't be trained"
             raise ClosedError(msg)
         optimizers = checked_optimizers(optimizer, None if self._core.device < 0 else self._core.device)
+        refuse_for_shards(optimizers if has_shards(model) else ())
         training = Training(self._core, optimizers)
         for parameter in model.parameters():
-            if isinstance(parameter, PagedTensor):
-                training.moved(parameter, parameter)
+            if isinstance(local_of(parameter), PagedTensor):
+                training.placed(parameter)
         self._train(training)
 
     @property
@@ -192,7 +204,8 @@ class Pager:
         """
         if self._activations is None:
             places = self._training.places if self._training is not None else activation_places(self._core)
-            self._activations = Activations(self._core, places)
+            model = None if self._model is None else self._model()
+            self._activations = Activations(self._core, places, () if model is None else GatheredParameters(model))
         return Paging(self._core, self._activations)
 
     def commit(self, state: object = None) -> int:
@@ -206,6 +219,10 @@ class Pager:
         Blocks until it is on the drive; until then the commit before is what resume() finds. Only pages that changed
         are written. Nobody may write to the model meanwhile. Raises IoError (the last commit is whole, and nothing in
         memory is lost); PagedTensorError without a store; TypeError for a state that can't be kept; ClosedError.
+
+        In a process group all ranks call it, each with a state of its own, and all have the commit or none has: when
+        one fails the others raise RanksError, and training can go on from what is in memory. RanksError too when a rank
+        is gone; then it may be undecided which commit is the last one, until resume().
         """
         if self._committer is None:
             msg = "commit() needs a store and an optimizer: page(model, optimizer, store=directory)"
@@ -369,26 +386,81 @@ def page(
     for an optimizer whose step can't be taken some parameters at a time, and when no weight can be stored_as is asked
     for; TypeError for what is no optimizer;
     IoError, EngineError, DeviceError, MemoryMapError, ValueError.
+
+    In a process group of torch.distributed every rank calls it, and pages what it has of the model: its shards when
+    fully_shard() has sharded it before, or all of it in DistributedDataParallel, wrapped before or after. With a store,
+    ranks have one each, in directories rank-0-of-2 and so on in the one that is named; their commits are made together.
+    RanksError when it fails on another rank, or the store is of other ranks.
     """
     optimizers = checked_optimizers(optimizer, device)
-    groups = collect(model)
-    pagefile = None
-    if optimizers and store is not None:
-        if stored_as is not None:
-            msg = "weights that are stored_as codes end with the process, so they can't be trained in a store"
-            raise PagedTensorError(msg)
-        from tensorpager._core import choose_host_page_bytes
+    options = _Options(budget, engine, page_bytes, device, host_budget, stored_as)
+    with unwrapped(model) as inner:
+        if optimizers and store is not None:
+            return _page_in_store(inner, optimizers, options, StorePlace(store, "page()"))
+        return _page_in(inner, optimizers, options, None, _one_directory(store))
 
-        pagefile = create_pagefile(store, page_bytes or choose_host_page_bytes(parse_bytes(budget)))
-        page_bytes = pagefile.page_bytes
-    spill = None if pagefile is not None else _one_directory(store)
-    core = make_core(budget, spill, engine, page_bytes, device, host_budget, pagefile)
+
+@dataclass(frozen=True)
+class _Options:
+    """Of page(), as given."""
+
+    budget: int | str
+    engine: str
+    page_bytes: int
+    device: Device
+    host_budget: int | str | None
+    stored_as: str | None
+
+
+def _page_in_store(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], options: _Options, place: StorePlace
+) -> Pager:
+    if options.stored_as is not None:
+        msg = "weights that are stored_as codes end with the process, so they can't be trained in a store"
+        raise PagedTensorError(msg)
+    from tensorpager._core import choose_host_page_bytes
+
+    agreed(place.ranks, "page()", lambda: _pageable(model, optimizers))  # before a store is made
+    page_bytes = options.page_bytes or choose_host_page_bytes(parse_bytes(options.budget))
+    pagefile = create_store(place, page_bytes, "page()")
+    pager = agreed(
+        place.ranks, "page()", lambda: _page_in(model, optimizers, options, pagefile, None), lambda each: each.close()
+    )
     try:
-        weights = None if stored_as is None else QuantisedWeights(core, spill, stored_as)
-        pager = _page(model, core, groups, optimizers, weights, durable=pagefile is not None)
+        pager._commit_with(None if place.ranks is None else JointCommits(place.ranks, None))
+        pager.commit()
+    except BaseException:
+        pager.close()
+        raise
+    return pager
+
+
+def _pageable(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[list[Shard], list[Group]]:
+    shards = shards_of(model)
+    refuse_for_shards(optimizers if shards else ())
+    return shards, collect(model, shards)
+
+
+def _page_in(
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    options: _Options,
+    pagefile: Pagefile | None,
+    spill: str | os.PathLike[str] | None,
+) -> Pager:
+    try:
+        shards, groups = _pageable(model, optimizers)
+        page_bytes = options.page_bytes if pagefile is None else pagefile.page_bytes
+        core = make_core(
+            options.budget, spill, options.engine, page_bytes, options.device, options.host_budget, pagefile
+        )
+    except BaseException:
         if pagefile is not None:
-            pager.commit()
-        return pager
+            pagefile.close()
+        raise
+    try:
+        weights = None if options.stored_as is None else QuantisedWeights(core, spill, options.stored_as)
+        return _page(model, core, groups, shards, optimizers, weights, durable=pagefile is not None)
     except BaseException:
         core.close()
         raise
@@ -398,6 +470,7 @@ def _page(
     model: torch.nn.Module,
     core: Core,
     groups: list[Group],
+    shards: list[Shard],
     optimizers: list[torch.optim.Optimizer],
     weights: QuantisedWeights | None,
     *,
@@ -407,19 +480,18 @@ def _page(
     regions: list[Region] = []
     arena = SpillArena(core, regions)
     exact = [group for group in groups if group.address is None]
-    arena.reserve(sum(aligned_size(group.size_bytes) for group in exact))
-    for group in exact:
-        group.address = arena.place(group.size_bytes)
-    spans: dict[int, tuple[int, int]] = {}
-    for group in groups:
-        assert group.address is not None
-        for slot in group.slots:
-            spans[id(slot.parameter)] = (group.address + slot.offset_bytes, slot.size_bytes)
-    windows = make_windows(model, core, spans)
-    del spans, exact, group, slot  # or the originals would stay
-    paged_bytes = sum(group.size_bytes for group in groups)
-    tensor_count = 0
+    arena.reserve(sum(aligned_size(size_bytes) for size_bytes in _sizes(exact, shards)))
+    _give_addresses(exact, arena)
+    windows = make_windows(model, core, _spans_of(groups))
+    del exact  # or the originals would stay
+    paged_bytes = sum(_sizes(groups, shards))
+    tensor_count = len(shards)
     training = Training(core, optimizers, regions) if optimizers else None
+    for shard in shards:
+        if not shard.is_empty:
+            shard.move(core, arena.place(shard.size_bytes))
+        if training is not None:
+            training.placed(shard.parameter)
     while groups:
         tensor_count += move_group(core, groups.pop(0), _ignore_moved if training is None else training.moved)
     pager = _attach(model, core, windows, paged_bytes, tensor_count, arena.size_bytes, quantised_bytes)
@@ -428,6 +500,24 @@ def _page(
     if training is not None and durable:
         pager._committer = Committer(core, model, training, regions)
     return pager
+
+
+def _sizes(groups: list[Group], shards: list[Shard]) -> list[int]:
+    return [group.size_bytes for group in groups] + [shard.size_bytes for shard in shards]
+
+
+def _give_addresses(groups: list[Group], arena: SpillArena) -> None:
+    for group in groups:
+        group.address = arena.place(group.size_bytes)
+
+
+def _spans_of(groups: list[Group]) -> dict[int, tuple[int, int]]:
+    spans = {}
+    for group in groups:
+        assert group.address is not None
+        for slot in group.slots:
+            spans[id(slot.parameter)] = (group.address + slot.offset_bytes, slot.size_bytes)
+    return spans
 
 
 def attach_training(
@@ -577,6 +667,7 @@ def _attach(
 ) -> Pager:
     """Register the hooks. The root's come first on the way in and last on the way out."""
     move_buffers(model, core)
+    send_paged_states_in_pieces()
     director = PassDirector(core)
     model.register_forward_pre_hook(RootEnterHook(director), prepend=True, with_kwargs=True)
     entered: dict[int, torch.nn.Module] = {}

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from tensorpager.commit import kept_buffers, set_random_states
+from tensorpager.data_parallel import unwrapped
 from tensorpager.errors import PagedTensorError
+from tensorpager.joint_commit import JointCommits, StorePlace, joint_commit_number, open_decided
 from tensorpager.moving import Slot, collect, swap
 from tensorpager.pager import Pager, attach_training, checked_optimizers, make_core, make_windows
+from tensorpager.ranks import agreed
+from tensorpager.shards import Shard, dtensor_like, local_of, refuse_for_shards, shard_place, shards_of
 from tensorpager.spill import tensor_at
-from tensorpager.store import Store, open_pagefile, store_directories
+from tensorpager.store import Store, open_pagefile
 from tensorpager.training import Training
 from tensorpager.training_record import AddressBook, Entry, StoredTensor, TrainingRecord, Value, record_of
 
@@ -25,23 +28,23 @@ __all__ = ["committed", "last_record", "resume"]
 
 
 def committed(store: Store) -> int:
-    """The number of a store's last commit; 0 when it has none, or is no store. IoError when it can't be read."""
-    directories = store_directories(store)
-    if not (Path(directories[0]) / "root.tensorpager").exists():
-        return 0
-    pagefile = open_pagefile(directories)
-    try:
-        return pagefile.commit_number if pagefile.metadata else 0
-    finally:
-        pagefile.close()
+    """The number of a store's last commit; 0 when it has none, or is no store. IoError when it can't be read.
+
+    In a process group every rank has to call it, and gets the number of the last commit that all of them have.
+    RanksError when the store is of other ranks.
+    """
+    return joint_commit_number(StorePlace(store, "committed()"), "committed()")
 
 
 def last_record(store: Store) -> TrainingRecord:
-    """What the last commit says beside its pages. IoError, CheckpointError as for resume()."""
-    directories = store_directories(store)
-    pagefile = open_pagefile(directories)
+    """What that commit says beside its pages, on this rank. IoError, CheckpointError, RanksError as for resume()."""
+    place = StorePlace(store, "last_record()")
+    number = joint_commit_number(place, "last_record()")
+    pagefile = open_pagefile(place.directories)
     try:
-        return record_of(pagefile, directories[0])
+        if pagefile.prepared and number > pagefile.commit_number:
+            return TrainingRecord.from_bytes(pagefile.prepared_metadata, place.directories[0])
+        return record_of(pagefile, place.directories[0])
     finally:
         pagefile.close()
 
@@ -62,33 +65,51 @@ def resume(
     given, for the scheduler and the data's position. Make a learning rate scheduler before this, and load its state
     after. The budget may be another one; the pages keep their size.
 
+    In a process group every rank has to call it, of as many ranks as trained in the store, and a model that was sharded
+    by fully_shard() or wrapped in DistributedDataParallel is given so again. All get the same commit.
+
     Then training goes on as if it had not stopped, bit for bit. Raises IoError when there is no store, or it is open
     elsewhere; CheckpointError when it has no commit that this release can read; PagedTensorError when model or
-    optimizer are not those of the commit; and what page() raises. Model and optimizer are then not to be used.
+    optimizer are not those of the commit; RanksError when the ranks are not those of the run, or one of them fails; and
+    what page() raises. Model and optimizer are then not to be used.
     """
     optimizers = checked_optimizers(optimizer, None)
-    directories = store_directories(store)
-    where = directories[0]
-    pagefile = open_pagefile(directories, to_write=True)
-    try:
-        record = record_of(pagefile, where)
-        slots = _matched_slots(model, record, where)
-        _check_groups(model, optimizers, record, where)
-        core = make_core(budget, None, engine, record.page_bytes, pagefile=pagefile)
-    except BaseException:
-        pagefile.close()
-        raise
-    try:
-        return _resume(model, core, slots, optimizers, record)
-    except BaseException:
-        core.close()
-        raise
+    place = StorePlace(store, "resume()")
+    pagefile = open_decided(place, "resume()")
+    where = place.directories[0]
+
+    def resumed() -> tuple[Pager, TrainingRecord]:
+        try:
+            record = record_of(pagefile, where)
+            shards = shards_of(inner)
+            refuse_for_shards(optimizers if shards else ())
+            slots = _matched_slots(inner, shards, record, where)
+            _check_groups(inner, optimizers, record, where)
+            core = make_core(budget, None, engine, record.page_bytes, pagefile=pagefile)
+        except BaseException:
+            pagefile.close()
+            raise
+        try:
+            return _resume(inner, core, slots, shards, optimizers, record), record
+        except BaseException:
+            core.close()
+            raise
+
+    with unwrapped(model) as inner:
+        pager, record = agreed(place.ranks, "resume()", resumed, lambda result: result[0].close())
+    if place.ranks is not None:
+        assert record.stamp is not None
+        pager._commit_with(JointCommits(place.ranks, record.stamp.run))
+    pager.state = record.state
+    set_random_states(record.random)
+    return pager
 
 
 def _resume(
     model: torch.nn.Module,
     core: Core,
     slots: list[tuple[Slot, StoredTensor]],
+    shards: list[Shard],
     optimizers: list[torch.optim.Optimizer],
     record: TrainingRecord,
 ) -> Pager:
@@ -99,20 +120,23 @@ def _resume(
     for optimizer in optimizers:
         optimizer.state.clear()
     training = Training(core, optimizers, regions)
-    paged_bytes = sum(size_bytes for _, size_bytes in set(spans.values()))
-    tensor_count = len(slots)
+    paged_bytes = sum(size_bytes for _, size_bytes in set(spans.values())) + sum(each.size_bytes for each in shards)
+    tensor_count = len(slots) + len(shards)
     del spans
     while slots:
         slot, at = slots.pop()
         plain = tensor_at(core, book.address(at.page, at.offset_bytes), at.shape, at.strides, at.dtype)
         slot.parameter.grad = None
         swap(core, slot, plain, training.moved)
+    for shard in shards:
+        entry = record.parameters[shard.name]
+        shard.parameter.grad = None
+        if isinstance(entry, StoredTensor):
+            shard.put(core, book.address(entry.page, entry.offset_bytes))
+        training.placed(shard.parameter)
     restorer = _Restorer(core, training, book)
     restorer.restore(model, optimizers, record)
-    pager = attach_training(model, core, windows, paged_bytes, tensor_count, training, regions)
-    pager.state = record.state
-    set_random_states(record.random)
-    return pager
+    return attach_training(model, core, windows, paged_bytes, tensor_count, training, regions)
 
 
 class _Restorer:
@@ -136,7 +160,7 @@ class _Restorer:
         parameters = dict(model.named_parameters())
         for name, entry in record.gradients.items():
             with torch._C.DisableTorchFunctionSubclass():
-                parameters[name].grad = self._tensor(f"{name}.grad", entry)
+                parameters[name].grad = self._like(parameters[name], f"{name}.grad", entry)
         for name, owner, own_name in kept_buffers(model):
             buffer = owner._buffers[own_name]
             assert buffer is not None
@@ -151,8 +175,12 @@ class _Restorer:
                 group.update({key: value for key, value in options.items() if key != "params"})
             for name, values in kept.state.items():
                 optimizer.state[parameters[name]] = {
-                    key: self._tensor(f"{name}.{key}", entry) for key, entry in values.items()
+                    key: self._like(parameters[name], f"{name}.{key}", entry) for key, entry in values.items()
                 }
+
+    def _like(self, parameter: torch.Tensor, name: str, entry: Entry) -> Any:
+        value = self._tensor(name, entry)
+        return dtensor_like(parameter, value) if entry.sharded else value
 
     def _tensor(self, name: str, entry: Entry) -> Any:
         if isinstance(entry, Value):
@@ -164,11 +192,14 @@ class _Restorer:
 # -- is it the same model? ---------------------------------------------------------------------------------------------
 
 
-def _matched_slots(model: torch.nn.Module, record: TrainingRecord, where: str) -> list[tuple[Slot, StoredTensor]]:
-    groups = collect(model, meta=True)
+def _matched_slots(
+    model: torch.nn.Module, shards: list[Shard], record: TrainingRecord, where: str
+) -> list[tuple[Slot, StoredTensor]]:
+    groups = collect(model, shards, meta=True)
     slots = {slot.name: slot for group in groups for slot in group.slots}
-    named = dict(model.named_parameters())
+    named = {name: local_of(parameter) for name, parameter in model.named_parameters()}
     _compare_names("parameters", set(named), set(record.parameters), where)
+    _compare_shards(shards, record, where)
     _compare_names("buffers", {name for name, _, _ in kept_buffers(model)}, set(record.buffers), where)
     matched = []
     for name, entry in record.parameters.items():
@@ -184,7 +215,7 @@ def _matched_slots(model: torch.nn.Module, record: TrainingRecord, where: str) -
                 f"parameter '{name}' is of shape {tuple(given.shape)} and {given.dtype}; there it is {tuple(shape)} "
                 f"and {dtype}",
             )
-        if isinstance(entry, StoredTensor):
+        if isinstance(entry, StoredTensor) and not entry.sharded:
             if name not in slots:
                 _differs(where, f"parameter '{name}' is shared with another one; there it is not")
             matched.append((slots[name], entry))
@@ -212,6 +243,14 @@ def _check_groups(
         given = [[names.get(id(each), "?") for each in group["params"]] for group in optimizer.param_groups]
         if given != [group["params"] for group in kept.groups]:
             _differs(where, f"the groups of {kept.kind} hold other parameters, or in another order, than there")
+
+
+def _compare_shards(shards: list[Shard], record: TrainingRecord, where: str) -> None:
+    given = {shard.name: shard_place(shard.parameter) for shard in shards}
+    _compare_names("sharded parameters", set(given), set(record.shards), where)
+    for name, place in given.items():
+        if place != record.shards[name]:
+            _differs(where, f"this rank's part of '{name}' is {place}; there it is {record.shards[name]}")
 
 
 def _compare_names(what: str, given: set[str], kept: set[str], where: str) -> None:

@@ -6,21 +6,32 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tensorpager.errors import IoError
 
 if TYPE_CHECKING:
     from tensorpager._core import Pagefile
 
-__all__ = ["Store", "bandwidth_weights", "create_pagefile", "open_pagefile", "store_directories"]
+__all__ = [
+    "Store",
+    "bandwidth_weights",
+    "create_pagefile",
+    "make_directory",
+    "open_pagefile",
+    "refuse_commit",
+    "store_directories",
+]
 
 Store = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: Each of reading and writing: long enough for a drive to show its rate, short beside moving a model.
 _MEASURED_SECONDS = 0.25
 
-_FILES = ("root.tensorpager", "root.tensorpager.new", "pages.tensorpager", "lock.tensorpager")
+_FILES = (
+    *("root.tensorpager", "root.tensorpager.new", "root.tensorpager.prepared"),
+    *("pages.tensorpager", "lock.tensorpager"),
+)
 
 
 def store_directories(store: Store) -> list[str]:
@@ -32,22 +43,22 @@ def store_directories(store: Store) -> list[str]:
     return directories
 
 
-def create_pagefile(store: Store, page_bytes: int) -> Pagefile:
+def create_pagefile(directories: list[str], page_bytes: int) -> Pagefile:
     """A new pagefile; directories that are not there are made, mode 0700, but not their parents.
 
     IoError when one is there that has a commit, or is open; one whose creation was interrupted is replaced.
     """
     from tensorpager._core import Pagefile
 
-    directories = store_directories(store)
     for directory in directories:
-        _make_directory(directory)
+        make_directory(directory)
     if (Path(directories[0]) / _FILES[0]).exists():
         _remove_uncommitted(directories)
     return Pagefile.create(directories, page_bytes=page_bytes, weights=bandwidth_weights(directories))
 
 
-def _make_directory(directory: str) -> None:
+def make_directory(directory: str) -> None:
+    """Unless it is there; mode 0700. IoError."""
     try:
         Path(directory).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -55,15 +66,20 @@ def _make_directory(directory: str) -> None:
         raise IoError(error.errno or 0, msg) from error
 
 
+def refuse_commit(directory: str, number: int) -> NoReturn:
+    """IoError: a run is there, which must not be written over."""
+    msg = (
+        f"{directory} holds a training run already, at commit {number}: go on with it by resume(), name another "
+        "directory, or remove that one"
+    )
+    raise IoError(17, msg)
+
+
 def _remove_uncommitted(directories: list[str]) -> None:
     pagefile = open_pagefile(directories)
     try:
         if pagefile.metadata:
-            msg = (
-                f"{directories[0]} holds a training run already, at commit {pagefile.commit_number}: go on with it by "
-                "resume(), name another directory, or remove that one"
-            )
-            raise IoError(17, msg)
+            refuse_commit(directories[0], pagefile.commit_number)
         for directory in directories:  # while its lock is held: nobody else is there
             for name in _FILES:
                 (Path(directory) / name).unlink(missing_ok=True)

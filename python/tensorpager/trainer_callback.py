@@ -5,7 +5,8 @@
     trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[training])
     trainer.train(resume_from_checkpoint=training.checkpoint())
 
-The store's commits take the place of the Trainer's own checkpoints: give save_strategy="no" to its arguments.
+The store's commits take the place of the Trainer's own checkpoints: give save_strategy="no" to its arguments. For one
+process: what the Trainer wraps for several, it wraps before the callback sees it.
 """
 
 from __future__ import annotations
@@ -73,9 +74,15 @@ class PagedTraining(transformers.TrainerCallback):  # type: ignore[misc]
         return os.fspath(folder)
 
     def on_train_begin(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """Page the model with its optimizer, or resume from the last commit."""
+        if args.world_size > 1:
+            msg = (
+                f"PagedTraining is for one process, and {args.world_size} train here; write the loop yourself, with "
+                "page() and fully_shard() or DistributedDataParallel (examples/finetune_distributed.py)"
+            )
+            raise PagedTensorError(msg)
         model, optimizer = kwargs["model"], _inner(kwargs["optimizer"])
         if self.pager is not None and not self.pager.closed:
             msg = "this PagedTraining pages a model already; make one for each Trainer, and close its pager before"

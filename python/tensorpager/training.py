@@ -33,6 +33,7 @@ from tensorpager.gradients import GradientNotes, NormsWanted
 from tensorpager.optim import AdamW
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.places import Places
+from tensorpager.shards import is_sharded, local_of, put_local
 from tensorpager.spill import SpillArena
 from tensorpager.updates import Update, Updates
 from tensorpager.windows import Hook, Window
@@ -115,6 +116,8 @@ class Training:
         self._backward_id = -1
         self.updates = Updates(self._make, core.pinnable_page_count * core.page_bytes // _TOGETHER_SHARE)
         self._norms = NormsWanted()
+        #: Somebody else keeps the gradients where they are, see data_parallel.py.
+        self.leaves_gradients = False
 
     @property
     def size_bytes(self) -> int:
@@ -133,15 +136,19 @@ class Training:
         for optimizer in self._optimizers:
             if original in optimizer.state:
                 optimizer.state[paged] = optimizer.state.pop(original)
-        backing = paged._tp_backing
-        assert backing is not None
-        backing.windows.append(self._window)
-        self._names[id(paged)] = backing.name
-        if paged.requires_grad:
-            paged.register_hook(_BeforeGradientHook(weakref.ref(paged)))  # type: ignore[no-untyped-call]
-            paged.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
-        if paged.grad is not None:
-            self.move_gradient(paged)
+        self.placed(paged)
+
+    def placed(self, parameter: torch.Tensor) -> None:
+        """The bytes of a parameter, or of this rank's shard of it, are paged: its gradients will be."""
+        local = local_of(parameter)
+        if type(local) is PagedTensor and local._tp_backing is not None:
+            local._tp_backing.windows.append(self._window)
+            self._names[id(parameter)] = local._tp_backing.name
+        if parameter.requires_grad:
+            parameter.register_hook(_BeforeGradientHook(weakref.ref(parameter)))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
+        if parameter.grad is not None:
+            self.move_gradient(parameter)
 
     def begin(self, director: PassDirector) -> None:
         """All parameters have moved: step() of the optimizers goes group by group from now on."""
@@ -154,6 +161,8 @@ class Training:
 
     def gradient_made(self, parameter: torch.Tensor) -> None:
         """Autograd has finished the parameter's gradient: move it, or wait and see. Blocks on I/O."""
+        if self.leaves_gradients:
+            return
         backward_id = torch._C._current_graph_task_id()
         if backward_id != self._backward_id:
             self._backward_id = backward_id
@@ -182,17 +191,21 @@ class Training:
         """Copy a gradient to spill unless it is there, small, or not dense. Blocks on I/O."""
         with torch._C.DisableTorchFunctionSubclass():
             gradient = parameter.grad
-            if type(gradient) is PagedTensor and gradient.numel() > 0:
-                self._core.note_modified(*span_of(gradient))  # it was added to
-                self._note_norm(gradient, gradient)
-            if not _moves(gradient):
+            if gradient is None:
                 return
-            assert gradient is not None
-            paged = self.places.copy_in(gradient.detach(), f"{self._name(parameter)}.grad")
-            assert paged._tp_backing is not None
-            paged._tp_backing.gradient = GradientNotes(self._norms)
-            self._note_norm(paged, gradient)
-            parameter.grad = paged
+            local = local_of(gradient)
+            if type(local) is PagedTensor and local.numel() > 0:
+                self._core.note_modified(*span_of(local))  # it was added to
+                self._note_norm(local, local)
+            elif _moves(local):
+                paged = self.places.copy_in(local.detach(), f"{self._name(parameter)}.grad")
+                assert paged._tp_backing is not None
+                if not is_sharded(gradient):
+                    paged._tp_backing.gradient = GradientNotes(self._norms)
+                    self._note_norm(paged, local)
+                parameter.grad = put_local(gradient, paged)
+            elif is_sharded(gradient) and local.untyped_storage().nbytes() > local.numel() * local.element_size():
+                put_local(gradient, local.clone())  # it would keep what all of its module's were reduced into
 
     def _note_norm(self, paged: PagedTensor, values: torch.Tensor) -> None:
         """While the gradient is at hand. `values`: those of `paged`."""
@@ -255,7 +268,10 @@ class Training:
         for parameter in _parameters(optimizer):
             with torch._C.DisableTorchFunctionSubclass():
                 gradient = parameter.grad
-            for tensor in _belonging(optimizer, parameter) if gradient is not None else ():
+            if gradient is None:
+                continue
+            gradient = local_of(gradient)
+            for tensor in _belonging(optimizer, parameter):
                 if tensor is not gradient and type(tensor) is PagedTensor and _span(tensor)[1] > 0:
                     self._core.note_modified(*_span(tensor))
 
@@ -278,8 +294,9 @@ class Training:
         if not state:
             return
         for key, value in state.items():
-            if _moves(value):
-                state[key] = self.places.copy_in(value, f"{self._name(parameter)}.{key}")
+            local = local_of(value)
+            if _moves(local):
+                state[key] = put_local(value, self.places.copy_in(local, f"{self._name(parameter)}.{key}"))
 
 
 def _moves(value: object) -> bool:
@@ -300,7 +317,8 @@ def _belonging(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> lis
     with torch._C.DisableTorchFunctionSubclass():
         found = [parameter] if parameter.grad is None else [parameter, parameter.grad]
     state = optimizer.state.get(parameter) or {}
-    return found + [value for value in state.values() if isinstance(value, torch.Tensor)]
+    found += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return [local_of(each) for each in found]
 
 
 def _step_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, page_bytes: int) -> int:
@@ -308,7 +326,7 @@ def _step_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, page_
     tensors = [each for each in _belonging(optimizer, parameter) if type(each) is PagedTensor]
     sizes = [_span(each)[1] + page_bytes for each in tensors]
     if parameter not in optimizer.state:
-        of_torch = 2 * parameter.numel() * parameter.element_size()
+        of_torch = 2 * local_of(parameter).numel() * parameter.element_size()
         sizes += [optimizer.state_bytes(parameter) if isinstance(optimizer, AdamW) else of_torch]
     return sum(sizes)
 
@@ -401,7 +419,7 @@ class _BeforeGradientHook(Hook):
 
     __slots__ = ("_parameter",)
 
-    def __init__(self, parameter: weakref.ref[PagedTensor]) -> None:
+    def __init__(self, parameter: weakref.ref[torch.Tensor]) -> None:
         self._parameter = parameter
 
     def __call__(self, _gradient: torch.Tensor) -> None:

@@ -4,13 +4,14 @@
 It is the metadata of a pagefile's root, JSON in UTF-8: regions (page counts, in the order in which they were mapped),
 parameters, gradients, buffers, optimizers, free places, random states, and the user's own values. A tensor in the
 address space is {"page", "offset_bytes", "shape", "strides", "dtype"}; a small one is {"value": ...}, see
-plain_values.py. What is read is checked before it is used, whoever wrote it.
+plain_values.py. Of a tensor that is sharded over ranks it is this rank's part, and `shards` says which part that is.
+What is read is checked before it is used, whoever wrote it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,17 @@ from tensorpager.plain_values import decode, dtype_named, encode
 if TYPE_CHECKING:
     from tensorpager._core import Pagefile, Region
 
-__all__ = ["AddressBook", "Entry", "OptimizerRecord", "StoredTensor", "TrainingRecord", "record_of"]
+__all__ = [
+    "AddressBook",
+    "Entry",
+    "OptimizerRecord",
+    "ShardPlace",
+    "Stamp",
+    "StoredTensor",
+    "TrainingRecord",
+    "Value",
+    "record_of",
+]
 
 _FORMAT = "tensorpager training state"
 _VERSION = 1
@@ -36,6 +47,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    sharded: bool = False  # over ranks, as its parameter is
 
     @property
     def span_bytes(self) -> int:
@@ -51,9 +63,29 @@ class Value:
     """A tensor, or another plain value, that is in the record itself."""
 
     value: Any
+    sharded: bool = False
 
 
 Entry = StoredTensor | Value
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """Which part of a sharded parameter this rank has: from `start` on along `dim`. shape: of the whole."""
+
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Of a commit that several ranks made together: which run, rank of how many, and attempt it is of."""
+
+    run: str
+    rank: int
+    count: int
+    attempt: str
 
 
 @dataclass
@@ -80,6 +112,8 @@ class TrainingRecord:
     training_bytes: int = 0
     random: dict[str, Any] = field(default_factory=dict)
     state: Any = None
+    shards: dict[str, ShardPlace] = field(default_factory=dict)  # of parameters that are sharded over ranks
+    stamp: Stamp | None = None  # of a commit of several ranks
 
     def to_bytes(self) -> bytes:
         """TypeError for a value that can't be kept."""
@@ -108,6 +142,8 @@ class TrainingRecord:
             "training_bytes": self.training_bytes,
             "random": encode(self.random),
             "state": encode(self.state, "state"),
+            "shards": {name: [list(shard.shape), shard.dim, shard.start] for name, shard in self.shards.items()},
+            "stamp": None if self.stamp is None else astuple(self.stamp),
         }
         return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
 
@@ -157,9 +193,11 @@ def _refuse(path: str, why: str) -> None:
 
 
 def _entry_out(entry: Entry) -> dict[str, Any]:
+    sharded = {"sharded": True} if entry.sharded else {}
     if isinstance(entry, Value):
-        return {"value": encode(entry.value)}
+        return {"value": encode(entry.value), **sharded}
     return {
+        **sharded,
         "page": entry.page,
         "offset_bytes": entry.offset_bytes,
         "shape": list(entry.shape),
@@ -169,14 +207,16 @@ def _entry_out(entry: Entry) -> dict[str, Any]:
 
 
 def _entry_in(item: dict[str, Any]) -> Entry:
+    sharded = item.get("sharded", False) is True
     if "value" in item:
-        return Value(decode(item["value"]))
+        return Value(decode(item["value"]), sharded)
     shape = tuple(_count(size) for size in item["shape"])
     strides = tuple(_count(stride) for stride in item["strides"])
     if len(shape) != len(strides):
         msg = f"a tensor of shape {shape} has strides {strides}"
         raise ValueError(msg)
-    return StoredTensor(_count(item["page"]), _count(item["offset_bytes"]), shape, strides, dtype_named(item["dtype"]))
+    dtype = dtype_named(item["dtype"])
+    return StoredTensor(_count(item["page"]), _count(item["offset_bytes"]), shape, strides, dtype, sharded)
 
 
 def _entries_in(items: dict[str, Any]) -> dict[str, Entry]:
@@ -188,6 +228,21 @@ def _count(value: object) -> int:
         msg = f"{value!r} is not a count"
         raise ValueError(msg)
     return value
+
+
+def _shard_in(shape: list[object], dim: object, start: object) -> ShardPlace:
+    place = ShardPlace(tuple(_count(size) for size in shape), _count(dim), _count(start))
+    if place.dim >= len(place.shape) or place.start > place.shape[place.dim]:
+        msg = f"no part of a tensor of shape {place.shape} begins at {start} along {dim}"
+        raise ValueError(msg)
+    return place
+
+
+def _stamp_in(item: list[object] | None) -> Stamp | None:
+    if item is None:
+        return None
+    run, rank, count, attempt = item
+    return Stamp(str(run), _count(rank), _count(count), str(attempt))
 
 
 def _record_in(document: dict[str, Any]) -> TrainingRecord:
@@ -211,6 +266,8 @@ def _record_in(document: dict[str, Any]) -> TrainingRecord:
         training_bytes=_count(document["training_bytes"]),
         random=decode(document["random"]),
         state=decode(document["state"]),
+        shards={name: _shard_in(*item) for name, item in document["shards"].items()},
+        stamp=_stamp_in(document["stamp"]),
     )
 
 
