@@ -144,8 +144,9 @@ class Training:
         if type(local) is PagedTensor and local._tp_backing is not None:
             local._tp_backing.windows.append(self._window)
             self._names[id(parameter)] = local._tp_backing.name
-        if parameter.requires_grad:
+        if type(parameter) is PagedTensor and parameter.requires_grad:  # nothing of a shard waits
             parameter.register_hook(_BeforeGradientHook(weakref.ref(parameter)))  # type: ignore[no-untyped-call]
+        if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
         if parameter.grad is not None:
             self.move_gradient(parameter)
