@@ -27,6 +27,7 @@ import torch
 
 from tensorpager.backward import HeldRanges
 from tensorpager.errors import PagedTensorError
+from tensorpager.gradient_places import restore_paged_gradient
 from tensorpager.optim import AdamW
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.places import Places
@@ -126,6 +127,7 @@ class Training:
         backing = paged._tp_backing
         assert backing is not None
         backing.windows.append(self._window)
+        backing.places = self.places
         self._names[id(paged)] = backing.name
         if paged.requires_grad:
             paged.register_post_accumulate_grad_hook(_GradientHook(self))  # type: ignore[no-untyped-call]
@@ -143,6 +145,7 @@ class Training:
 
     def gradient_made(self, parameter: torch.Tensor) -> None:
         """Autograd has finished the parameter's gradient: move it, or wait and see. Blocks on I/O."""
+        restore_paged_gradient(parameter)
         backward_id = torch._C._current_graph_task_id()
         if backward_id != self._backward_id:
             self._backward_id = backward_id
