@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tensorpager.device import HOST
-from tensorpager.paged_tensor import Backing, PagedTensor, no_guard
+from tensorpager.paged_tensor import Backing, PagedTensor, no_guard, span_of
 from tensorpager.places import Places
 from tensorpager.spill import SpillArena
 from tensorpager.streaming import Rows, Sweep, is_too_large, rows_of
@@ -41,7 +41,7 @@ def make_gradient(
     parts that `cut` makes of its first dimension. Call it with the guard off. Raises what Sweep raises.
     """
     backing = weight._tp_backing if type(weight) is PagedTensor else None
-    if backing is None or backing.core.device != HOST or not is_too_large(backing, weight):
+    if backing is None or backing.core.device != HOST or not is_too_large(backing.core, span_of(weight)):
         gradient = torch.empty_like(weight)
         fill(gradient, 0, gradient.shape[0])
         return gradient

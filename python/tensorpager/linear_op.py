@@ -23,22 +23,30 @@ Raises ValueError and TypeError, before anything is read, for what does not fit 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tensorpager.gradient_places import make_gradient
 from tensorpager.op_library import define, instead_of, rule_for_autocast
-from tensorpager.paged_tensor import Backing, PagedTensor, hold_arguments, no_guard
+from tensorpager.paged_tensor import Backing, PagedTensor, hold_arguments, no_guard, span_of
 from tensorpager.streaming import Sweep, backing_of, fits, is_too_large, refuse_device_backward, row_tiles, rows_of
 
-__all__ = ["linear", "linear_grad_input", "linear_grad_weight"]
+if TYPE_CHECKING:
+    from tensorpager._core import Pager as Core
+
+__all__ = ["linear", "linear_grad_input", "linear_grad_weight", "streams_by_itself"]
 
 Tensor = torch.Tensor
 Dtype = torch.dtype | None
 
 #: In these, a product's columns were found not to depend on how many there are (tests/test_linear_op.py).
 _SAME_BITS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def streams_by_itself(core: Core, span: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether F.linear of a weight, at (address, size_bytes), is carried out here without being asked to."""
+    return dtype in _SAME_BITS and not fits(core, span)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: Dtype) -> None:  # noqa: A002 (torch's name)
@@ -67,7 +75,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: Dtype) -> 
 def _tiles(weight: Tensor) -> tuple[Backing, list[tuple[int, int]]] | None:
     """What pages a weight that is to be streamed, and its tiles; None for any other."""
     backing = backing_of(weight) if weight.numel() > 0 else None
-    if backing is None or backing.in_window() or not is_too_large(backing, weight):
+    if backing is None or backing.in_window() or not is_too_large(backing.core, span_of(weight)):
         return None
     rows = rows_of(weight)
     return (backing, row_tiles(rows, backing.core)) if rows.apart else None
@@ -122,6 +130,7 @@ def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     refuse_device_backward(weight)
     needs = ctx.needs_input_grad
     ctx.save_for_backward(input if needs[1] else None, weight if needs[0] else None)
+    ctx.weight = weight  # of which its gradient needs to know what pages it, but not the values
     ctx.input_dtype = input.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -130,7 +139,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     input, weight = ctx.saved_tensors  # noqa: A001
     needs = (*ctx.needs_input_grad, False, False)[:3]
     of_input = linear_grad_input(gradient, weight).to(ctx.input_dtype) if needs[0] else None
-    of_weight = linear_grad_weight(gradient, input, weight) if needs[1] else None
+    of_weight = linear_grad_weight(gradient, input, ctx.weight) if needs[1] else None
     of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype) if needs[2] else None
     return of_input, of_weight, of_bias, None
 
@@ -252,7 +261,7 @@ linear_grad_weight = define(
 def _translate(input: Any, weight: Any, bias: Any = None) -> tuple[Any, ...] | None:  # noqa: A002
     """F.linear's arguments, where the weight can't be held at all and forward gives the same bits."""
     backing = weight._tp_backing if type(weight) is PagedTensor else None
-    if backing is None or weight.dtype not in _SAME_BITS or fits(backing, weight):
+    if backing is None or not streams_by_itself(backing.core, span_of(weight), weight.dtype):
         return None
     autocast = torch.is_autocast_enabled(weight.device.type)
     try:

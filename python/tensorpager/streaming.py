@@ -3,8 +3,8 @@
 
 A `Sweep` goes over groups of pages in order. It begins to bring in those that come next, as far ahead as half of the
 budget allows, so the drive works while the caller computes with what is held. A group is one step of a pass (a tile of
-a weight, an expert), which a recording sees and a schedule brings in, or pages that only the data names, which are in
-no schedule. What can't be held, because other open steps have the room, is used without: on the host its pages come in
+a weight), which a recording sees and a schedule brings in, or what only the data names (rows of a table, experts), and
+no schedule knows. What can't be held, because other open steps have the room, is used without: on the host its pages come in
 as they are touched, on a device that is BudgetError.
 
 Threads: any; a Sweep belongs to one. Blocking: iterating waits for I/O, and raises what the core's acquire raises.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tensorpager.errors import BudgetError, PagedTensorError
-from tensorpager.paged_tensor import Backing, PagedTensor, known_cores, span_of
+from tensorpager.paged_tensor import Backing, PagedTensor, known_cores
 from tensorpager.windows import let_go_of_extras
 
 if TYPE_CHECKING:
@@ -63,17 +63,16 @@ def backing_of(tensor: torch.Tensor) -> Backing | None:
     return None
 
 
-def is_too_large(backing: Backing, tensor: torch.Tensor) -> bool:
-    """Whether holding the tensor would leave less than half of the budget to what is read ahead."""
-    return span_of(tensor)[1] > backing.core.pinnable_page_count * backing.core.page_bytes // 2
+def is_too_large(core: Core, span: tuple[int, int]) -> bool:
+    """Whether holding (address, size_bytes) leaves less than half of the budget to what is read ahead."""
+    return span[1] > core.pinnable_page_count * core.page_bytes // 2
 
 
-def fits(backing: Backing, tensor: torch.Tensor) -> bool:
-    """Whether all of the tensor can be held at once, beside nothing else."""
-    address, size_bytes = span_of(tensor)
-    page_bytes = backing.core.page_bytes
-    page_count = (address + size_bytes - 1) // page_bytes - address // page_bytes + 1
-    return page_count <= backing.core.pinnable_page_count
+def fits(core: Core, span: tuple[int, int]) -> bool:
+    """Whether all of (address, size_bytes) can be held at once, beside nothing else."""
+    address, size_bytes = span
+    page_count = (address + size_bytes - 1) // core.page_bytes - address // core.page_bytes + 1
+    return page_count <= core.pinnable_page_count
 
 
 def refuse_device_backward(weight: torch.Tensor) -> None:
@@ -180,7 +179,12 @@ class Sweep:
         return 0 if self._stream_of is None else self._stream_of()
 
     def _look_ahead(self, position: int) -> None:
-        """Begin to bring in the groups from `position` on, that one in any case and the others as far as they fit."""
+        """Begin to bring in the groups from `position` on, that one in any case and the others as far as they fit.
+
+        Unless the schedule has this step next: then it does so itself, and knows better which pages to give up.
+        """
+        if self._steps and self._core.next_set == self._groups[position][0]:
+            return
         ahead_bytes = max(_AHEAD_BYTES, 2 * self._core.page_bytes)
         limit = min(self._core.pinnable_page_count // 2, ahead_bytes // self._core.page_bytes)
         self._begun = max(self._begun, position)
