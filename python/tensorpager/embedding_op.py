@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`torch.ops.tensorpager.embedding(indices, weight, padding_idx=None, scale_grad_by_freq=False, sparse=False)`: rows of a
-paged table, of which only the pages that hold those rows are brought in.
+"""`torch.ops.tensorpager.embedding(indices, weight, padding_idx=None, scale_grad_by_freq=False, sparse=False)`: rows
+of a paged table, of which only the pages that hold those rows are brought in.
 
     indices: any shape, int32 or int64, weight: [rows, columns]
     returns [*indices.shape, columns], what torch.nn.functional.embedding returns, bit for bit
@@ -38,7 +38,7 @@ Pages = npt.NDArray[np.int64]
 
 
 def _check(indices: Tensor, weight: Tensor, padding_idx: int | None) -> None:
-    if weight.dim() != 2:
+    if len(weight.shape[:-1]) != 1:
         msg = f"embedding: weight {tuple(weight.shape)} must be [rows, columns]"
         raise ValueError(msg)
     if indices.dtype not in (torch.int32, torch.int64):
@@ -63,8 +63,8 @@ def _embedding(
     indices: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002 (torch's interface), ARG001 (for backward)
-    sparse: bool = False,  # noqa: FBT001, FBT002, ARG001
+    scale_grad_by_freq: bool = False,  # noqa: ARG001 (for backward)
+    sparse: bool = False,  # noqa: ARG001
 ) -> Tensor:
     _check(indices, weight, padding_idx)
     held = hold_arguments((indices,), None)
@@ -127,8 +127,8 @@ def _fake_embedding(
     indices: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002, ARG001
-    sparse: bool = False,  # noqa: FBT001, FBT002, ARG001
+    scale_grad_by_freq: bool = False,  # noqa: ARG001
+    sparse: bool = False,  # noqa: ARG001
 ) -> Tensor:
     _check(indices, weight, padding_idx)
     return weight.new_empty((*indices.shape, weight.shape[1]))
@@ -164,7 +164,11 @@ def _embedding_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _grad_weight(
-    gradient: Tensor, indices: Tensor, weight: Tensor, padding_idx: int, scale_grad_by_freq: bool  # noqa: FBT001
+    gradient: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
 ) -> Tensor:
     flat, named = gradient.reshape(-1, gradient.shape[-1]), indices.reshape(-1)
 
@@ -185,9 +189,7 @@ def _grad_weight(
             held.release()
 
 
-def _fake_grad_weight(
-    gradient: Tensor, indices: Tensor, weight: Tensor, padding_idx: int, scale_grad_by_freq: bool  # noqa: FBT001, ARG001
-) -> Tensor:
+def _fake_grad_weight(gradient: Tensor, indices: Tensor, weight: Tensor, *_options: Any) -> Tensor:  # noqa: ARG001
     return torch.empty_like(weight)
 
 
@@ -230,14 +232,14 @@ embedding_grad_weight = define(
 )
 
 
-def _translate(  # noqa: PLR0913 (torch's interface)
+def _translate(
     input: Any,  # noqa: A002
     weight: Any,
     padding_idx: Any = None,
     max_norm: Any = None,
     norm_type: float = 2.0,  # noqa: ARG001
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
-    sparse: bool = False,  # noqa: FBT001, FBT002
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> tuple[Any, ...] | None:
     """F.embedding's arguments, unless the table is written to, or torch would refuse them."""
     if type(weight) is not PagedTensor or weight._tp_backing is None or max_norm is not None:

@@ -49,13 +49,14 @@ def experts_forward(
     return torch.zeros_like(hidden_states).index_add_(0, tokens, rows.to(hidden_states.dtype))
 
 
-def _project(module: Any, name: str, rows: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+def _project(module: Any, name: str, inputs: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
     weight = getattr(module, name)
-    rows = moe_linear(rows, weight.transpose(1, 2) if module.is_transposed else weight, expert_ids)
+    rows: torch.Tensor = moe_linear(inputs, weight.transpose(1, 2) if module.is_transposed else weight, expert_ids)
     if not module.has_bias:
         return rows
     bias = getattr(module, f"{name}_bias")
-    return rows + bias[expert_ids.clamp(max=bias.shape[0] - 1)]
+    result: torch.Tensor = rows + bias[expert_ids.clamp(max=bias.shape[0] - 1)]
+    return result
 
 
 def runs_here(module: torch.nn.Module) -> bool:

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 Cut = Callable[[Rows, "Core"], Sequence[tuple[int, int]]]
 
 
-def make_gradient(
-    weight: torch.Tensor, cut: Cut, fill: Callable[[torch.Tensor, int, int], None]
-) -> torch.Tensor:
+def make_gradient(weight: torch.Tensor, cut: Cut, fill: Callable[[torch.Tensor, int, int], None]) -> torch.Tensor:
     """A gradient of the weight's shape and dtype, whose rows begin..end-1 fill(part, begin, end) has written.
 
     Plain, and written at once, unless the weight is a paged one that is too large to be held; then in spill, in the
@@ -55,7 +53,8 @@ def make_gradient(
             begin, end = parts[position]
             fill(paged[begin:end], begin, end)
     if weight.is_leaf and weight.requires_grad and not hasattr(weight, "_tp_gradient_hook"):
-        weight._tp_gradient_hook = weight.register_post_accumulate_grad_hook(_RestoreHook())
+        hook = weight.register_post_accumulate_grad_hook(_RestoreHook())  # type: ignore[no-untyped-call]
+        vars(weight)["_tp_gradient_hook"] = hook
     return paged
 
 

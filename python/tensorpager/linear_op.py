@@ -49,10 +49,10 @@ def streams_by_itself(core: Core, span: tuple[int, int], dtype: torch.dtype) -> 
     return dtype in _SAME_BITS and not fits(core, span)
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: Dtype) -> None:  # noqa: A002 (torch's name)
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: Dtype) -> None:
+    if len(weight.shape[:-1]) != 1 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         msg = (
-            f"linear: input {tuple(input.shape)} and weight {tuple(weight.shape)} don't fit together; "
+            f"linear: input {tuple(x.shape)} and weight {tuple(weight.shape)} don't fit together; "
             "they are [*, in] and [out, in]"
         )
         raise ValueError(msg)
@@ -61,14 +61,14 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: Dtype) -> 
         raise ValueError(msg)
     others = [weight] if bias is None else [weight, bias]
     for name, other in zip(("weight", "bias"), others, strict=False):
-        if other.device != input.device:
-            msg = f"linear: input is on {input.device} and {name} on {other.device}"
+        if other.device != x.device:
+            msg = f"linear: input is on {x.device} and {name} on {other.device}"
             raise ValueError(msg)
-        if dtype is None and other.dtype != input.dtype:
-            msg = f"linear: input is {input.dtype} and {name} {other.dtype}; convert one, or give dtype="
+        if dtype is None and other.dtype != x.dtype:
+            msg = f"linear: input is {x.dtype} and {name} {other.dtype}; convert one, or give dtype="
             raise TypeError(msg)
-    if dtype is not None and not (dtype.is_floating_point and all(x.is_floating_point() for x in (input, *others))):
-        msg = f"linear: dtype= converts floating-point numbers, not {input.dtype} and {weight.dtype} to {dtype}"
+    if dtype is not None and not (dtype.is_floating_point and all(x.is_floating_point() for x in (x, *others))):
+        msg = f"linear: dtype= converts floating-point numbers, not {x.dtype} and {weight.dtype} to {dtype}"
         raise TypeError(msg)
 
 
@@ -86,20 +86,22 @@ def _sets(weight: Tensor, backing: Backing, tiles: list[tuple[int, int]]) -> lis
     return [[backing.core.add_set([rows.span(begin, end)], backing.name)] for begin, end in tiles]
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: Dtype = None) -> Tensor:  # noqa: A002
-    _check(input, weight, bias, dtype)
-    streamed = None if input.numel() == 0 else _tiles(weight)
-    held = hold_arguments((input, bias, weight if streamed is None and input.numel() > 0 else None), None)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: Dtype = None) -> Tensor:
+    _check(x, weight, bias, dtype)
+    streamed = None if x.numel() == 0 else _tiles(weight)
+    held = hold_arguments((x, bias, weight if streamed is None and x.numel() > 0 else None), None)
     try:
-        x, b = input.to(dtype or input.dtype), None if bias is None else bias.to(dtype or bias.dtype)
+        x, bias = x.to(dtype or x.dtype), None if bias is None else bias.to(dtype or bias.dtype)
         if streamed is None:
-            return torch.nn.functional.linear(x, weight.to(x.dtype), b)
+            return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
         backing, tiles = streamed
         output = x.new_empty((*x.shape[:-1], weight.shape[0]))
         with Sweep(backing, _sets(weight, backing, tiles)) as sweep:
             for position in sweep:
                 begin, end = tiles[position]
-                part = torch.nn.functional.linear(x, weight[begin:end].to(x.dtype), None if b is None else b[begin:end])
+                part = torch.nn.functional.linear(
+                    x, weight[begin:end].to(x.dtype), None if bias is None else bias[begin:end]
+                )
                 output[..., begin:end] = part
         return output
     finally:
@@ -107,15 +109,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: Dt
             held.release()
 
 
-def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: Dtype = None) -> Tensor:  # noqa: A002
-    _check(input, weight, bias, dtype)
-    return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: Dtype = None) -> Tensor:
+    _check(x, weight, bias, dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype)
 
 
-def _record_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: Dtype = None) -> None:  # noqa: A002, ARG001
+def _record_linear(x: Tensor, weight: Tensor, bias: Tensor | None, _dtype: Dtype) -> None:
     with no_guard():
-        streamed = None if input.numel() == 0 else _tiles(weight)
-        held = hold_arguments((input, bias, weight if streamed is None and input.numel() > 0 else None), None)
+        streamed = None if x.numel() == 0 else _tiles(weight)
+        held = hold_arguments((x, bias, weight if streamed is None and x.numel() > 0 else None), None)
         if streamed is not None:
             backing, tiles = streamed
             with Sweep(backing, _sets(weight, backing, tiles), dry=True) as sweep:
@@ -126,20 +128,20 @@ def _record_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, dt
 
 
 def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (torch's interface)
-    input, weight, bias, _ = inputs  # noqa: A001
+    x, weight, bias, _ = inputs
     refuse_device_backward(weight)
     needs = ctx.needs_input_grad
-    ctx.save_for_backward(input if needs[1] else None, weight if needs[0] else None)
+    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
     ctx.weight = weight  # of which its gradient needs to know what pages it, but not the values
-    ctx.input_dtype = input.dtype
+    ctx.input_dtype = x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    input, weight = ctx.saved_tensors  # noqa: A001
+    x, weight = ctx.saved_tensors
     needs = (*ctx.needs_input_grad, False, False)[:3]
     of_input = linear_grad_input(gradient, weight).to(ctx.input_dtype) if needs[0] else None
-    of_weight = linear_grad_weight(gradient, input, ctx.weight) if needs[1] else None
+    of_weight = linear_grad_weight(gradient, x, ctx.weight) if needs[1] else None
     of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype) if needs[2] else None
     return of_input, of_weight, of_bias, None
 
@@ -178,7 +180,7 @@ def _fake_grad_input(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _record_grad_input(gradient: Tensor, weight: Tensor) -> None:
-    _record_linear(gradient, weight)
+    _record_linear(gradient, weight, None, None)
 
 
 def _save_for_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -195,14 +197,14 @@ def _grad_input_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 # -- the gradient of the weight ----------------------------------------------------------------------------------------
 
 
-def _grad_weight(gradient: Tensor, input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002
+def _grad_weight(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     flat = gradient.reshape(-1, gradient.shape[-1])
-    x = input.reshape(-1, input.shape[-1]).to(gradient.dtype)
+    flat_x = x.reshape(-1, x.shape[-1]).to(gradient.dtype)
 
     def fill(part: Tensor, begin: int, end: int) -> None:
-        part.copy_(flat[:, begin:end].t() @ x)
+        part.copy_(flat[:, begin:end].t() @ flat_x)
 
-    held = hold_arguments((gradient, input), None)
+    held = hold_arguments((gradient, x), None)
     try:
         return make_gradient(weight, row_tiles, fill)
     finally:
@@ -210,11 +212,11 @@ def _grad_weight(gradient: Tensor, input: Tensor, weight: Tensor) -> Tensor:  # 
             held.release()
 
 
-def _fake_grad_weight(gradient: Tensor, input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002, ARG001
+def _fake_grad_weight(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(weight)
 
 
-def _record_grad_weight(gradient: Tensor, input: Tensor, weight: Tensor) -> None:  # noqa: A002
+def _record_grad_weight(gradient: Tensor, x: Tensor, weight: Tensor) -> None:
     """A run on fake tensors has no backward."""
 
 
@@ -223,9 +225,9 @@ def _save_for_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _grad_weight_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    gradient, input = ctx.saved_tensors  # noqa: A001
-    of_gradient = linear(input, upstream, None, gradient.dtype) if ctx.needs_input_grad[0] else None
-    of_input = linear_grad_input(gradient, upstream).to(input.dtype) if ctx.needs_input_grad[1] else None
+    gradient, x = ctx.saved_tensors
+    of_gradient = linear(x, upstream, None, gradient.dtype) if ctx.needs_input_grad[0] else None
+    of_input = linear_grad_input(gradient, upstream).to(x.dtype) if ctx.needs_input_grad[1] else None
     return of_gradient, of_input, None
 
 

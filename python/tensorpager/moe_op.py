@@ -14,7 +14,7 @@ weight.transpose(1, 2).
 
 Which experts there will be only the ids tell, so they are in no schedule: read when they are named, and kept, those
 used last, where the schedule leaves frames. As steps of recorded passes, so that a schedule would expect those of the
-pass before, twice the bytes were read (an eight-expert model, two at a time, at 40 % of its size).
+pass before, 1.5 times the bytes were read (eight experts, two of them a token, a budget of 41 % of the model).
 
 The gradient of the weight is dense, zero for experts without rows; one too large to be held goes to spill, expert by
 expert. Raises ValueError, TypeError and IndexError before anything is read; what `Sweep` raises.
@@ -38,25 +38,25 @@ Tensor = torch.Tensor
 Dtype = torch.dtype | None
 
 
-def _check(name: str, input: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype, input_dim: int) -> None:  # noqa: A002, PLR0913
-    fits = weight.dim() == 3 and input.dim() == 2 and input.shape[1] == weight.shape[input_dim]  # noqa: PLR2004
-    if not fits or tuple(expert_ids.shape) != (input.shape[0],):
+def _check(name: str, x: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype, input_dim: int) -> None:
+    fits = (weight.dim(), x.dim()) == (3, 2) and x.shape[1] == weight.shape[input_dim]
+    if not fits or tuple(expert_ids.shape) != (x.shape[0],):
         msg = (
-            f"{name}: input {tuple(input.shape)}, weight {tuple(weight.shape)} and expert_ids "
+            f"{name}: input {tuple(x.shape)}, weight {tuple(weight.shape)} and expert_ids "
             f"{tuple(expert_ids.shape)} don't fit together; they are [rows, in], [experts, out, in] and [rows]"
         )
         raise ValueError(msg)
     if expert_ids.dtype not in (torch.int32, torch.int64):
         msg = f"{name}: expert_ids are {expert_ids.dtype}; they must be int32 or int64"
         raise TypeError(msg)
-    if not input.device == weight.device == expert_ids.device:
-        msg = f"{name}: input, weight and expert_ids are on {input.device}, {weight.device} and {expert_ids.device}"
+    if not x.device == weight.device == expert_ids.device:
+        msg = f"{name}: x, weight and expert_ids are on {x.device}, {weight.device} and {expert_ids.device}"
         raise ValueError(msg)
-    if dtype is None and input.dtype != weight.dtype:
-        msg = f"{name}: input is {input.dtype} and weight {weight.dtype}; convert one, or give dtype="
+    if dtype is None and x.dtype != weight.dtype:
+        msg = f"{name}: input is {x.dtype} and weight {weight.dtype}; convert one, or give dtype="
         raise TypeError(msg)
-    if dtype is not None and not all(each.is_floating_point for each in (dtype, input.dtype, weight.dtype)):
-        msg = f"{name}: dtype= converts floating-point numbers, not {input.dtype} and {weight.dtype} to {dtype}"
+    if dtype is not None and not all(each.is_floating_point for each in (dtype, x.dtype, weight.dtype)):
+        msg = f"{name}: dtype= converts floating-point numbers, not {x.dtype} and {weight.dtype} to {dtype}"
         raise TypeError(msg)
 
 
@@ -81,7 +81,9 @@ def _routes(name: str, expert_ids: Tensor, expert_count: int) -> _Routes:
     ids, order = torch.sort(expert_ids.cpu().long(), stable=True)
     if int(ids[0]) < 0 or int(ids[-1]) > expert_count:
         wrong = int(ids[0]) if int(ids[0]) < 0 else int(ids[-1])
-        msg = f"{name}: expert {wrong} is out of range; there are {expert_count} ({expert_count} itself marks no expert)"
+        msg = (
+            f"{name}: expert {wrong} is out of range; there are {expert_count} ({expert_count} itself marks no expert)"
+        )
         raise IndexError(msg)
     experts, counts = (each.tolist() for each in torch.unique_consecutive(ids, return_counts=True))
     ends = torch.tensor(counts).cumsum(0).tolist()
@@ -128,12 +130,12 @@ def _for_each_tile(weight: Tensor, routes: _Routes, work: Callable[[_Tile], None
             work(tiles[position])
 
 
-def _moe_linear(input: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype = None) -> Tensor:  # noqa: A002
-    _check("moe_linear", input, weight, expert_ids, dtype, 2)
-    held = hold_arguments((input, expert_ids), None)
+def _moe_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype = None) -> Tensor:
+    _check("moe_linear", x, weight, expert_ids, dtype, 2)
+    held = hold_arguments((x, expert_ids), None)
     try:
         routes = _routes("moe_linear", expert_ids, weight.shape[0])
-        x = routes.sorted(input).to(dtype or input.dtype)
+        x = routes.sorted(x).to(dtype or x.dtype)
         output = x.new_zeros((x.shape[0], weight.shape[1]))
 
         def multiply(tile: _Tile) -> None:
@@ -148,9 +150,9 @@ def _moe_linear(input: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype 
             held.release()
 
 
-def _fake_moe_linear(input: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype = None) -> Tensor:  # noqa: A002
-    _check("moe_linear", input, weight, expert_ids, dtype, 2)
-    return input.new_empty((input.shape[0], weight.shape[1]), dtype=dtype or input.dtype)
+def _fake_moe_linear(x: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtype = None) -> Tensor:
+    _check("moe_linear", x, weight, expert_ids, dtype, 2)
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype or x.dtype)
 
 
 def _record_nothing(*_: Any, **__: Any) -> None:
@@ -158,21 +160,21 @@ def _record_nothing(*_: Any, **__: Any) -> None:
 
 
 def _save_for_moe_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    input, weight, expert_ids, _ = inputs  # noqa: A001
+    x, weight, expert_ids, _ = inputs
     refuse_device_backward(weight)
     needs = ctx.needs_input_grad
-    ctx.save_for_backward(input if needs[1] else None, weight if needs[0] else None, expert_ids)
+    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None, expert_ids)
     ctx.weight = weight  # of which its gradient needs to know what pages it, but not the values
-    ctx.input_dtype = input.dtype
+    ctx.input_dtype = x.dtype
 
 
 def _moe_linear_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    input, weight, expert_ids = ctx.saved_tensors  # noqa: A001
+    x, weight, expert_ids = ctx.saved_tensors
     of_input = of_weight = None
     if ctx.needs_input_grad[0]:
         of_input = moe_linear_grad_input(gradient, weight, expert_ids).to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
-        of_weight = moe_linear_grad_weight(gradient, input, ctx.weight, expert_ids)
+        of_weight = moe_linear_grad_weight(gradient, x, ctx.weight, expert_ids)
     return of_input, of_weight, None, None
 
 
@@ -221,14 +223,14 @@ def _grad_input_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 
 def _each_expert(rows: Rows, _core: object) -> list[tuple[int, int]]:
-    return [(expert, expert + 1) for expert in range(rows.count)]
+    return [(expert, expert + 1) for expert in range(rows.row_count)]
 
 
-def _grad_weight(gradient: Tensor, input: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:  # noqa: A002
-    held = hold_arguments((gradient, input, expert_ids), None)
+def _grad_weight(gradient: Tensor, x: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
+    held = hold_arguments((gradient, x, expert_ids), None)
     try:
         routes = _routes("moe_linear_grad_weight", expert_ids, weight.shape[0])
-        g, x = routes.sorted(gradient), routes.sorted(input).to(gradient.dtype)
+        g, x = routes.sorted(gradient), routes.sorted(x).to(gradient.dtype)
         rows_of_expert = dict(zip(routes.experts, routes.bounds, strict=True))
 
         def fill(part: Tensor, first: int, last: int) -> None:
@@ -245,22 +247,22 @@ def _grad_weight(gradient: Tensor, input: Tensor, weight: Tensor, expert_ids: Te
             held.release()
 
 
-def _fake_grad_weight(gradient: Tensor, input: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:  # noqa: A002, ARG001
+def _fake_grad_weight(gradient: Tensor, x: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(weight)
 
 
 def _save_for_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    gradient, input, _, expert_ids = inputs  # noqa: A001
-    ctx.save_for_backward(gradient, input, expert_ids)
+    gradient, x, _, expert_ids = inputs
+    ctx.save_for_backward(gradient, x, expert_ids)
 
 
 def _grad_weight_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    gradient, input, expert_ids = ctx.saved_tensors  # noqa: A001
+    gradient, x, expert_ids = ctx.saved_tensors
     of_gradient = of_input = None
     if ctx.needs_input_grad[0]:
-        of_gradient = moe_linear(input, upstream, expert_ids, gradient.dtype)
+        of_gradient = moe_linear(x, upstream, expert_ids, gradient.dtype)
     if ctx.needs_input_grad[1]:
-        of_input = moe_linear_grad_input(gradient, upstream, expert_ids).to(input.dtype)
+        of_input = moe_linear_grad_input(gradient, upstream, expert_ids).to(x.dtype)
     return of_gradient, of_input, None, None
 
 

@@ -25,14 +25,14 @@ from tensorpager.paged_tensor import Arguments, Keywords, leave_to_operator, no_
 __all__ = ["define", "instead_of", "record_steps", "rule_for_autocast"]
 
 Kernel = Callable[..., Any]
-# Tells the core's recording which steps a call takes. The arguments are the operator's.
+# Tells the core's recording which steps a call takes. Called with all of the operator's arguments.
 Record = Callable[..., None]
 # The arguments for the operator, or None where torch's own function has to do.
 Translate = Callable[..., tuple[Any, ...] | None]
 
-_library = torch.library.Library("tensorpager", "FRAGMENT")
+_library: Any = torch.library.Library("tensorpager", "FRAGMENT")  # type: ignore[no-untyped-call]
 _records: dict[Callable[..., Any], Record] = {}
-_replaced: dict[Callable[..., Any], tuple[Translate, Record]] = {}
+_replaced: dict[Callable[..., Any], tuple[torch._ops.OpOverloadPacket, Translate, Record]] = {}
 
 
 def define(
@@ -100,7 +100,7 @@ def instead_of(
             return torch._C._disabled_torch_function_impl(func, (), args, kwargs)
         return torch._C._disabled_torch_function_impl(operator.default, (), translated, {})
 
-    _replaced[func] = (translate, record)
+    _replaced[func] = (operator, translate, record)
     streamed[func] = handler
 
 
@@ -111,12 +111,18 @@ def record_steps(func: Callable[..., Any], args: Arguments, kwargs: Keywords, *,
     """
     record = _records.get(func)
     if record is not None:
-        record(*args, **kwargs)
+        record(*_with_defaults(func, args, kwargs))
         return True
     if not too_large or func not in _replaced:
         return False
-    translate, record = _replaced[func]
+    operator, translate, record = _replaced[func]
     translated = translate(*args, **kwargs)
     if translated is not None:
-        record(*translated)
+        record(*_with_defaults(operator, translated, {}))
     return translated is not None
+
+
+def _with_defaults(func: Any, args: Arguments, kwargs: Keywords) -> list[Any]:
+    schema = getattr(func, "default", func)._schema
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    return [given.get(argument.name, argument.default_value) for argument in schema.arguments]

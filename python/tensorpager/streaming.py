@@ -4,8 +4,8 @@
 A `Sweep` goes over groups of pages in order. It begins to bring in those that come next, as far ahead as half of the
 budget allows, so the drive works while the caller computes with what is held. A group is one step of a pass (a tile of
 a weight), which a recording sees and a schedule brings in, or what only the data names (rows of a table, experts), and
-no schedule knows. What can't be held, because other open steps have the room, is used without: on the host its pages come in
-as they are touched, on a device that is BudgetError.
+no schedule knows. What can't be held, because other open steps have the room, is used without: on the host its pages
+come in as they are touched, on a device that is BudgetError.
 
 Threads: any; a Sweep belongs to one. Blocking: iterating waits for I/O, and raises what the core's acquire raises.
 Nothing is held any more when the `with` of a Sweep is left.
@@ -90,7 +90,7 @@ class Rows(NamedTuple):
     """Where the rows of a tensor lie: row i takes the row_bytes from first + i * stride_bytes on."""
 
     first: int
-    count: int
+    row_count: int
     stride_bytes: int
     row_bytes: int
 
@@ -101,7 +101,7 @@ class Rows(NamedTuple):
     @property
     def apart(self) -> bool:
         """Whether each row ends before the next one begins, so that some can be had without the others."""
-        return self.count <= 1 or self.stride_bytes >= self.row_bytes
+        return self.row_count <= 1 or self.stride_bytes >= self.row_bytes
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
@@ -116,11 +116,11 @@ def rows_of(tensor: torch.Tensor) -> Rows:
 def row_tiles(rows: Rows, core: Core) -> list[tuple[int, int]]:
     """(begin, end) of consecutive rows, about _TILE_BYTES each and an eighth of the budget at most; see TILE_ROWS."""
     limit_bytes = min(max(_TILE_BYTES, core.page_bytes), core.pinnable_page_count * core.page_bytes // 8)
-    units = rows.count // TILE_ROWS
+    units = rows.row_count // TILE_ROWS
     units_each = max(1, limit_bytes // (TILE_ROWS * max(rows.stride_bytes, 1)))
     count = max(1, -(-units // units_each))
     bounds = [units * index // count * TILE_ROWS for index in range(count)]
-    return list(zip(bounds, [*bounds[1:], rows.count], strict=True))
+    return list(zip(bounds, [*bounds[1:], rows.row_count], strict=True))
 
 
 def page_sets(core: Core, address: int, size_bytes: int, name: str) -> list[int]:
@@ -216,24 +216,22 @@ class Sweep:
         tickets = self._tickets.setdefault(position, [])
         try:
             for set_id in self._groups[position]:
-                tickets.append(self._core.prefetch(set_id))  # noqa: PERF401 (those begun are let go of if one fails)
+                tickets.append(self._core.prefetch(set_id))
         except BudgetError:
             self._let_go(position)
             raise
 
     def _room_made(self, position: int, pin: Callable[[], None]) -> bool:
-        """Whether `pin` did not raise BudgetError, after letting go of what only speed depends on."""
-        for let_go in (lambda: self._let_go_of_all_but(position), let_go_of_extras, None):
-            try:
-                pin()
-            except BudgetError:
-                if let_go is not None:
-                    let_go()
-                elif self._on_device:
-                    raise
-            else:
-                return True
-        return False
+        """Whether `pin` could be done, after letting go of what only speed depends on. On a device it has to be."""
+        if _pinned(pin):
+            return True
+        self._let_go_of_all_but(position)
+        if _pinned(pin):
+            return True
+        let_go_of_extras()
+        if self._on_device:
+            pin()
+        return self._on_device or _pinned(pin)
 
     def _release_step(self) -> None:
         if len(self._step_done) == 1:
@@ -248,3 +246,11 @@ class Sweep:
         self._page_counts.pop(position, None)
         for ticket in self._tickets.pop(position, ()):
             ticket.release(self._stream())
+
+
+def _pinned(pin: Callable[[], None]) -> bool:
+    try:
+        pin()
+    except BudgetError:
+        return False
+    return True
