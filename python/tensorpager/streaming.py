@@ -151,7 +151,7 @@ class Sweep:
         self._steps = steps
         self._dry = dry
         self._tickets: dict[int, list[Ticket]] = {}  # by position
-        self._page_counts: dict[int, int] = {}  # of the tickets
+        self._pages: dict[int, set[int]] = {}  # of the tickets
         self._begun = 0  # positions before this one have had their tickets
         self._step_set = -1
         self._step_done: list[None] = []  # one entry once acquired, two once released: [Note: one C call] in windows.py
@@ -166,10 +166,13 @@ class Sweep:
 
     def __iter__(self) -> Iterator[int]:
         for position in range(len(self._groups)):
-            if not self._dry:
-                self._look_ahead(position)  # before the last one goes: a page at the border of both stays
+            looks_ahead = not (self._dry or self._is_scheduled(position))
+            if looks_ahead:
+                self._begin_up_to(position, position)  # before the last one goes: a page at the border of both stays
             self._release_step()
             self._let_go(position - 1)
+            if looks_ahead:
+                self._begin_up_to(len(self._groups) - 1, position)
             self._hold(position)
             yield position
         self._release_step()
@@ -178,22 +181,20 @@ class Sweep:
     def _stream(self) -> int:
         return 0 if self._stream_of is None else self._stream_of()
 
-    def _look_ahead(self, position: int) -> None:
-        """Begin to bring in the groups from `position` on, that one in any case and the others as far as they fit.
+    def _is_scheduled(self, position: int) -> bool:
+        """Whether the schedule has this step next: then it reads ahead, and knows better which pages to give up."""
+        return self._steps and self._core.next_set == self._groups[position][0]
 
-        Unless the schedule has this step next: then it does so itself, and knows better which pages to give up.
-        """
-        if self._steps and self._core.next_set == self._groups[position][0]:
-            return
-        ahead_bytes = max(_AHEAD_BYTES, 2 * self._core.page_bytes)
-        limit = min(self._core.pinnable_page_count // 2, ahead_bytes // self._core.page_bytes)
-        self._begun = max(self._begun, position)
-        while self._begun < len(self._groups):
-            group = self._groups[self._begun]
-            page_count = sum(len(self._core.set_pages(set_id)) for set_id in group)
-            if self._begun > position and sum(self._page_counts.values()) + page_count > limit:
+    def _begin_up_to(self, last: int, needed: int) -> None:
+        """Begin to bring in the groups up to `last`: `needed` in any case, the others as far as they fit."""
+        page_bytes = self._core.page_bytes
+        limit = min(self._core.pinnable_page_count // 2, max(_AHEAD_BYTES, 2 * page_bytes) // page_bytes)
+        self._begun = max(self._begun, needed)
+        while self._begun <= last:
+            pages = {int(page) for set_id in self._groups[self._begun] for page in self._core.set_pages(set_id)}
+            if self._begun > needed and len(pages.union(*self._pages.values())) > limit:
                 return
-            self._page_counts[self._begun] = page_count
+            self._pages[self._begun] = pages
             try:
                 self._begin(self._begun)
             except BudgetError:  # beside what other steps hold
@@ -243,7 +244,7 @@ class Sweep:
         self._begun = position + 1
 
     def _let_go(self, position: int) -> None:
-        self._page_counts.pop(position, None)
+        self._pages.pop(position, None)
         for ticket in self._tickets.pop(position, ()):
             ticket.release(self._stream())
 
