@@ -81,7 +81,7 @@ def _embedding(
 
 
 def _look_up(indices: Tensor, weight: Tensor, backing: Backing) -> Tensor:
-    named, place = torch.unique(indices.cpu(), return_inverse=True)
+    named, place = torch.unique(indices.cpu().long(), return_inverse=True)
     rows, core = rows_of(weight), backing.core
     parts = _parts(rows, named.numpy(), core.page_bytes, max(1, core.pinnable_page_count // 4))
     sets = [

@@ -68,7 +68,7 @@ class _Routes(NamedTuple):
     bounds: list[tuple[int, int]]
 
     def sorted(self, rows: Tensor) -> Tensor:
-        return rows if self.order is None else rows[self.order]
+        return rows.contiguous() if self.order is None else rows[self.order]
 
     def unsorted(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else torch.empty_like(rows).index_copy_(0, self.order, rows)
