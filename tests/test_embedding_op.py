@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_parts_have_few_pages_and_every_row_is_in_one() -> None:
         parts = _parts(rows, named, page_bytes, limit)
         assert parts[0][0][0] == 0
         assert parts[-1][0][1] == len(named)
-        assert all(one[0][1] == other[0][0] for one, other in zip(parts, parts[1:], strict=False))
+        assert all(one[0][1] == other[0][0] for one, other in pairwise(parts))
         for (begin, end), pages in parts:
             needed = set()
             for row in named[begin:end].tolist():

@@ -244,9 +244,9 @@ def test_the_derivatives_of_the_derivatives(core: Core) -> None:
     paged = in_spill(core, torch.randn(4096, 512), requires_grad=True)
     twin, y = plain_alias(paged).clone().requires_grad_(), torch.randn(2, 512, requires_grad=True)
     found, expected = [
-        torch.autograd.grad(
-            torch.autograd.grad(call(y, w).square().sum(), y, create_graph=True)[0].square().sum(), w
-        )[0]
+        torch.autograd.grad(torch.autograd.grad(call(y, w).square().sum(), y, create_graph=True)[0].square().sum(), w)[
+            0
+        ]
         for call, w in ((linear, paged), (plain_linear, twin))
     ]
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-2 * float(expected.abs().max()))

@@ -3,8 +3,9 @@
 
 A gradient as large as that would not fit into memory beside the budget, so no plain one is made. autograd takes it over
 as it is when the parameter has none yet; when there is one (accumulation) it adds the new one in place, in its own
-loop, whose pages come in as they are touched. What autograd keeps is a plain tensor over the same bytes, which would
-not be guarded; a hook puts the paged one back.
+loop, whose pages come in as they are touched. Gradients of a weight that one graph uses twice, such as a table that is
+the head's weight too, autograd adds before anybody sees them, in plain memory as large as they are. What autograd keeps
+is a plain tensor over the same bytes, which would not be guarded; a hook puts the paged one back.
 
 Threads: as autograd's, one at a time for a parameter. Blocking: making one waits for room in the budget. On the host.
 """
