@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tensorpager.budget import parse_bytes
 
-ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
+ITEMS = ("page-in", "decode", "overhead", "stored-as", "streamed-linear", "plan", "schedule")
 ONLY_BY_NAME = ("training-bytes", "training-time", "kill-resume")  # minutes each
 
 
@@ -56,6 +56,10 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import stored_as
 
         stored_as.run(options.rounds)
+    elif item == "streamed-linear":
+        from bench import streamed_linear
+
+        streamed_linear.run(options.rounds)
     elif item == "training-bytes":
         from bench import training_bytes
 

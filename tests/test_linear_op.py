@@ -306,6 +306,7 @@ def test_autocast_converts_tile_by_tile(core: Core) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result, expected = linear(x, paged, bias), plain_linear(y, twin, bias)
         assert linear(x.double().detach(), weight.double()).dtype == torch.float64
+        assert linear(torch.ones(2, 3, dtype=torch.int32), torch.ones(4, 3, dtype=torch.int32)).dtype == torch.int32
     assert result.dtype == expected.dtype == torch.bfloat16
     assert torch.equal(result, expected)
     result.float().square().sum().backward()

@@ -69,17 +69,17 @@ def define(
 def rule_for_autocast(operator: torch._ops.OpOverloadPacket, dtype_position: int) -> None:
     """Under autocast, give the operator autocast's dtype as the argument at that position, which is None otherwise.
 
-    As for torch's own: float64 and what is no floating-point number stay as they are.
+    As for torch's own: float64 and what is no floating-point number stay as they are. The operator's first two
+    arguments are what is multiplied.
     """
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-        def with_dtype(*args: Any, device: str = device, off: Any = off) -> Any:
-            tensors = [value for value in args if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        def with_dtype(*args: Any, device: str = device) -> Any:
             given = [*args, *[None] * (dtype_position + 1 - len(args))]
-            if given[dtype_position] is None and all(value.dtype != torch.float64 for value in tensors):
+            converts = all(value.is_floating_point() and value.dtype != torch.float64 for value in args[:2])
+            if given[dtype_position] is None and converts:
                 given[dtype_position] = torch.get_autocast_dtype(device)
-            with torch._C._ExcludeDispatchKeyGuard(off):
+            with torch.autocast(device, enabled=False):
                 return operator.default(*given)
 
         _library.impl(operator.default._schema.name.split("::")[1], with_dtype, key)
