@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,33 @@ def test_autocast_converts_tile_by_tile(core: Core) -> None:
     assert torch.equal(paged.grad, twin.grad)
     assert torch.allclose(x.grad, y.grad, rtol=0.02, atol=0.02 * float(y.grad.abs().max()))
     assert (x.grad.dtype, paged.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_modes_and_transforms_of_torch(core: Core) -> None:
+    weight = torch.randn(8192, 1024)
+    paged, x = in_spill(core, weight, requires_grad=True), torch.randn(3, 1024)
+    expected = plain_linear(x, weight)
+    with torch.inference_mode():
+        assert torch.equal(linear(x, paged), expected)
+        assert torch.equal(plain_linear(x, paged), expected)
+    assert torch.equal(
+        torch.vmap(lambda row: plain_linear(row, paged.detach()))(x),
+        torch.vmap(lambda row: plain_linear(row, weight))(x),
+    )
+    gradient = torch.func.grad(lambda y: plain_linear(y, paged).sum())(x)
+    assert torch.allclose(gradient, weight.sum(0).expand(3, 1024), atol=1e-3)
+
+
+def test_threads_share_the_budget(core: Core) -> None:
+    weight, other = torch.randn(8192, 1024), torch.randn(8192, 1024)
+    paged, paged_other = in_spill(core, weight), in_spill(core, other)
+    x = torch.randn(3, 1024)
+    expected = [plain_linear(x, weight), plain_linear(x, other)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda turn: linear(x, (paged, paged_other)[turn % 2]), range(8)))
+    assert all(torch.equal(result, expected[turn % 2]) for turn, result in enumerate(found))
+    assert core.stats()["pinned_pages"] == 0
+    assert core.stats()["resident_bytes_max"] <= core.budget_bytes
 
 
 # -- in a model

@@ -5,8 +5,10 @@
     embedding(indices, weight, padding_idx=None, ...)            the pages of the rows that are named
     moe_linear(input, weight, expert_ids, dtype=None)            the experts that rows are routed to
 
-`tensorpager.page` and `tensorpager.from_pretrained` import it. A module whose forward gives a parameter to one of them
-says so, and is not asked to hold it whole:
+`tensorpager.page` and `tensorpager.from_pretrained` import it. Three kinds of modules go to them by themselves, on the
+host: an nn.Linear in float32, bfloat16 or float16 whose weight can't be held; an nn.Embedding whose table takes more
+than half of the budget; experts of transformers, where that is chosen (experts.py). Any other module whose forward
+gives a parameter to an operator says so, and is not asked to hold it whole:
 
     class Head(torch.nn.Module):
         left_to_operators = ("weight",)

@@ -95,7 +95,8 @@ def instead_of(
     """
 
     def handler(_func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-        translated = translate(*args, **kwargs)
+        transformed = torch._C._are_functorch_transforms_active()  # torch.func has rules for its own functions only
+        translated = None if transformed else translate(*args, **kwargs)
         if translated is None:
             return torch._C._disabled_torch_function_impl(func, (), args, kwargs)
         return torch._C._disabled_torch_function_impl(operator.default, (), translated, {})

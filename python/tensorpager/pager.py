@@ -343,11 +343,11 @@ def page(
     that is not given here has to be made afterwards (it would keep the originals), and keeps its state in RAM unless it
     is given to Pager.add_optimizer().
 
-    Raises BudgetError, before anything is changed, when one module's parameters don't fit; PagedTensorError for a
-    parameter that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged),
-    for an optimizer whose step can't be taken some parameters at a time, and when no weight can be stored_as is asked
-    for; TypeError for what is no optimizer;
-    IoError, EngineError, DeviceError, MemoryMapError, ValueError.
+    Raises BudgetError, before anything is changed, when one module's parameters don't fit, but for what operators bring
+    in part by part: weights of nn.Linear, tables of nn.Embedding (compute_ops.py); PagedTensorError for a parameter
+    that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged), for an
+    optimizer whose step can't be taken some parameters at a time, and when no weight can be stored_as is asked for;
+    TypeError for what is no optimizer; IoError, EngineError, DeviceError, MemoryMapError, ValueError.
     """
     optimizers = checked_optimizers(optimizer, device)
     groups = collect(model)
