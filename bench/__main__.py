@@ -7,12 +7,15 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from tensorpager.budget import parse_bytes
 
-ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
+ITEMS = ("page-in", "decode", "overhead", "stored-as", "streamed-linear", "plan", "schedule")
 ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "kill-resume")  # minutes each
+# Whose module has run(rounds), and needs no more.
+BY_ROUNDS = frozenset({"aio-shim", "overhead", "stored-as", "streamed-linear", "training-time"})
 
 
 def main() -> int:
@@ -48,26 +51,12 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import decode
 
         decode.run(options.rounds, parse_bytes(options.model_size), with_peers)
-    elif item == "overhead":
-        from bench import overhead
-
-        overhead.run(options.rounds)
-    elif item == "stored-as":
-        from bench import stored_as
-
-        stored_as.run(options.rounds)
-    elif item == "aio-shim":
-        from bench import aio_shim
-
-        aio_shim.run(options.rounds)
+    elif item in BY_ROUNDS:
+        import_module(f"bench.{item.replace('-', '_')}").run(options.rounds)
     elif item == "training-bytes":
         from bench import training_bytes
 
         training_bytes.run()
-    elif item == "training-time":
-        from bench import training_time
-
-        training_time.run(options.rounds)
     elif item == "kill-resume":
         from bench import kill_resume
 

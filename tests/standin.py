@@ -2,7 +2,7 @@
 """Models on the stand-in device: the CUDA driver of csrc/sim, whose device memory is host memory.
 
 torch runs on the CPU and reads that memory directly, so a kernel here is a call on the host's thread. It has to wait
-for the stream that the core made wait for the copies: `StandinCore` does so after every acquire and hold.
+for the stream that the core made wait for the copies: `StandinCore` does so after every acquire, hold and ticket.
 """
 
 from __future__ import annotations
@@ -19,8 +19,23 @@ from tensorpager.spill import choose_directory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tensorpager._core import Ticket
+
 #: Built with the C++ tests.
 LIBRARY = Path(__file__).parents[1] / "build" / "dev" / "libtensorpager_standin_cuda.so"
+
+
+class StandinTicket:
+    """A ticket whose wait is over when the copies are done: what computes here is no stream of the stand-in's."""
+
+    def __init__(self, native: NativePager, ticket: Ticket) -> None:
+        self._native = native
+        self._ticket = ticket
+        self.release = ticket.release
+
+    def wait(self, stream: int = 0) -> None:
+        self._ticket.wait(stream)
+        self._native.synchronize(stream)
 
 
 class StandinCore:
@@ -35,6 +50,9 @@ class StandinCore:
     def acquire(self, set_id: int, stream: int = 0) -> None:
         self._native.acquire(set_id, stream)
         self._native.synchronize(stream)
+
+    def prefetch(self, set_id: int) -> StandinTicket:
+        return StandinTicket(self._native, self._native.prefetch(set_id))
 
     def hold(self, address: int, size_bytes: int, stream: int = 0) -> int:
         set_id = self._native.hold(address, size_bytes, stream)

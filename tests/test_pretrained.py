@@ -328,7 +328,25 @@ def test_what_contradicts_paging_is_refused(llama: Path, tmp_path: Path) -> None
 
 
 def test_a_module_larger_than_the_budget_is_named(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**{**GROUPED, "vocab_size": 16384, "num_hidden_layers": 1})
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(tp.BudgetError, match=r"module 'model\.embed_tokens' needs its 24\.0 MiB"):
+    shape = {**GROUPED, "intermediate_size": 1536, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**shape, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(tp.BudgetError, match=r"module 'model\.layers\.0\.mlp\.experts' needs its 27\.0 MiB"):
         tp.from_pretrained(tmp_path, BUDGET)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_and_a_head_may_be_larger_than_the_budget(tmp_path: Path, tied: bool) -> None:
+    config = transformers.LlamaConfig(
+        **{**GROUPED, "vocab_size": 16384, "num_hidden_layers": 1}, tie_word_embeddings=tied
+    )
+    expected = transformers.LlamaForCausalLM(config).eval()
+    expected.save_pretrained(tmp_path)
+    model = tp.from_pretrained(tmp_path, BUDGET)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+    stats = model.pager.stats()
+    assert stats["resident_bytes_max"] <= BUDGET
+    assert stats["mispredicted_passes"] == 0
+    assert stats["touches"] == 0

@@ -151,6 +151,11 @@ std::optional<std::uint32_t> followed_schedule(const Pager& pager) {
   return id ? std::optional(id->value) : std::nullopt;
 }
 
+std::optional<std::uint32_t> next_set(const Pager& pager) {
+  const std::optional<tp::SetId> id = pager.next_set();
+  return id ? std::optional(id->value) : std::nullopt;
+}
+
 // Not array_t in the signature: its text would name a C++ type, which the generated stub can't express.
 py::array events(const Pager& pager) {
   const std::vector<tp::Event> snapshot = pager.residency().events();
@@ -419,7 +424,10 @@ void bind_pager_schedules(py::class_<Pager>& pager) {
           py::arg("schedule_id"),
           "If it is followed, the known one that was followed before it is followed next. ValueError.")
       .def_property_readonly("followed_schedule", &followed_schedule,
-                             "Id of the schedule that is followed, or None. A pass may change it at any acquire.");
+                             "Id of the schedule that is followed, or None. A pass may change it at any acquire.")
+      .def_property_readonly("next_set", &next_set,
+                             "Id of the set that the followed schedule expects to be acquired next, or None without a "
+                             "schedule.");
 }
 
 void bind_ticket(py::module_& module) {

@@ -143,6 +143,7 @@ class Pager {
   void follow_schedule(ScheduleId id);
   void forget_schedule(ScheduleId id);
   std::optional<ScheduleId> followed_schedule() const { return residency_->followed_schedule(); }
+  std::optional<SetId> next_set() const { return residency_->next_set(); }
   void clear_schedule();
 
   const Residency& residency() const noexcept { return *residency_; }

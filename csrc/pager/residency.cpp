@@ -456,6 +456,11 @@ std::optional<ScheduleId> Residency::followed_schedule() const {
   return tape ? std::optional(tape->followed()) : std::nullopt;
 }
 
+std::optional<SetId> Residency::next_set() const {
+  const std::lock_guard lock(mutex);
+  return tape ? std::optional(tape->schedule().set_of(tape->position())) : std::nullopt;
+}
+
 Counters Residency::counters() const {
   const std::lock_guard lock(mutex);
   return counts;

@@ -144,6 +144,7 @@ class Residency {
   void follow_schedule(ScheduleId id);  // from its start; Error(invalid)
   void forget_schedule(ScheduleId id);  // Error(invalid)
   std::optional<ScheduleId> followed_schedule() const;
+  std::optional<SetId> next_set() const;  // what the followed schedule expects to be acquired next
   Counters counters() const;
   std::vector<Event> events() const;
   std::uint64_t events_overwritten() const;

@@ -503,6 +503,11 @@ class Pager:
     @property
     def frame_count(self) -> int: ...
     @property
+    def next_set(self) -> int | None:
+        """
+        Id of the set that the followed schedule expects to be acquired next, or None without a schedule.
+        """
+    @property
     def page_bytes(self) -> int: ...
     @property
     def page_count(self) -> int: ...

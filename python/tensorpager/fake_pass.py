@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tensorpager import op_rules
 from tensorpager.errors import TraceError
+from tensorpager.op_library import record_steps
 from tensorpager.paged_tensor import (
     Arguments,
     Keywords,
@@ -198,7 +199,8 @@ class _FakeRun:
         reads = reads_bytes(func, args, kwargs)
         held = hold_arguments(values, None) if reads else None
         try:
-            self._held.extend(_paged_among(values) if reads else ())
+            by_operator = record_steps(func, args, kwargs, too_large=held is not None and held.too_large)
+            self._held.extend(_paged_among(values) if reads or by_operator else ())
             fake_args = self._to_fake(args)
             fake_kwargs = {name: self._to_fake(value) for name, value in kwargs.items()}
             with torch._C.DisableTorchFunctionSubclass():

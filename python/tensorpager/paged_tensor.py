@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -37,6 +38,7 @@ from tensorpager.safetensors_writer import copy_for_safetensors
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
     from tensorpager.gradients import Factor, GradientNotes
+    from tensorpager.places import Places
     from tensorpager.updates import Update
     from tensorpager.windows import Window
 
@@ -46,20 +48,28 @@ __all__ = [
     "PagedTensor",
     "Tracer",
     "hold_arguments",
+    "known_cores",
+    "leave_to_operator",
     "make_paged",
+    "no_guard",
     "ordinary_copy",
     "reads_bytes",
     "set_tracer",
     "span_of",
+    "streamed",
 ]
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 Handler = Callable[[Callable[..., Any], Arguments, Keywords], Any]
 
-_NoGuard = torch._C.DisableTorchFunctionSubclass
+_NoGuard = no_guard = torch._C.DisableTorchFunctionSubclass
 # The same for one call, and twice as fast: (func, types, args, kwargs).
 _call_unguarded = torch._C._disabled_torch_function_impl
+
+
+#: Those that page any tensor of this process.
+known_cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
 class Backing:
@@ -68,6 +78,7 @@ class Backing:
     windows: the module calls that hold the tensor while one of them is open (`Window.open`).
     hold_bytes_max: an operation on more than this is not held at once; its pages come in as they are touched. On a
     device they can't, and it is held or refused with BudgetError.
+    places: for gradients that are too large to be held (gradient_places.py).
     stream: gives the handle of the current stream of the core's device; None on the host.
     update: what is to be done before the bytes are looked at (`updates.py`, `gradients.py`).
     gradient: what is known of it, if it is one (`gradients.py`).
@@ -80,6 +91,7 @@ class Backing:
         "hold_bytes_max",
         "name",
         "on_device",
+        "places",
         "stream",
         "update",
         "windows",
@@ -87,10 +99,12 @@ class Backing:
 
     def __init__(self, core: Core, name: str) -> None:
         self.core = core
+        known_cores.add(core)
         self.name = name
         self.windows: list[Window] = []
         self.update: Update | Factor | None = None
         self.gradient: GradientNotes | None = None
+        self.places: Places | None = None
         self.on_device = core.device != HOST
         self.stream = stream_getter(core)
         budget_bytes = core.pinnable_page_count * core.page_bytes
@@ -161,10 +175,11 @@ _ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
 class Held:
     """What one operation holds resident. Released explicitly, or at the latest when the operation's frame is gone."""
 
-    __slots__ = ("_backings", "_dry", "_released", "_set_ids", "_streams", "size_bytes")
+    __slots__ = ("_backings", "_dry", "_released", "_set_ids", "_streams", "size_bytes", "too_large")
 
     def __init__(self) -> None:
         self.size_bytes = 0
+        self.too_large = False  # something was not held, for its size
         self._dry = _tracer is not None  # then nothing is held, and by the time of __del__ the core may not be dry
         self._backings: list[Backing] = []
         self._streams: list[int] = []  # where each was acquired, and so is used
@@ -258,6 +273,7 @@ def _hold(tensor: PagedTensor, held: Held | None) -> Held | None:
     if held is None:
         held = Held()
     if held.size_bytes + size_bytes > backing.hold_bytes_max:
+        held.too_large = True
         _throw_if_closed(backing)
     elif size_bytes > 0:
         held.hold(backing, address, size_bytes)
@@ -281,6 +297,8 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
         held = hold_arguments(kwargs.values(), held)
     versions = _versions((*args, *kwargs.values())) if _writes_watched else []
     try:
+        if held is not None and held.too_large and func in streamed:
+            return streamed[func](func, args, kwargs)
         result = _call_unguarded(func, (), args, kwargs)
         if held is not None and args and func.__name__[-1:] == "_":  # in place, by torch's rule for names
             _note_modified(args[0])
@@ -291,6 +309,22 @@ def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     if _writes_watched and torch.is_grad_enabled():
         _refuse_backward(func, args, kwargs, result)
     return _keep_views_paged(result, args)
+
+
+#: What carries out calls of a function that were given a tensor too large to be held. See op_library.py.
+streamed: dict[Callable[..., Any], Handler] = {}
+
+
+def leave_to_operator(operator: torch._ops.OpOverloadPacket) -> None:
+    """An operator of this package makes what it reads resident itself."""
+    _HANDLERS.update(dict.fromkeys((operator, operator.default), _left_to_operator))
+
+
+def _left_to_operator(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    for value in (*args, *kwargs.values()):
+        if type(value) is PagedTensor:
+            _settle(value)
+    return _call_unguarded(func, (), args, kwargs)
 
 
 _writes_watched = False
@@ -693,4 +727,4 @@ def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> 
         return _is_lazy(args[0])
     if handler is _convert:
         return _conversion(func, args, kwargs) == "copy"
-    return handler not in (_pass_through, _view, _address, _may_replace, _repr, _format)
+    return handler not in (_pass_through, _left_to_operator, _view, _address, _may_replace, _repr, _format)

@@ -19,6 +19,7 @@ from tensorpager.activations import Activations, Paging
 from tensorpager.backward import BackwardHook
 from tensorpager.budget import format_bytes, parse_bytes
 from tensorpager.commit import Committer
+from tensorpager.compute_ops import parameters_left_to_operators
 from tensorpager.data_parallel import WrapperHook, send_paged_states_in_pieces, unwrapped
 from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
 from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
@@ -381,11 +382,11 @@ def page(
     that is not given here has to be made afterwards (it would keep the originals), and keeps its state in RAM unless it
     is given to Pager.add_optimizer().
 
-    Raises BudgetError, before anything is changed, when one module's parameters don't fit; PagedTensorError for a
-    parameter that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged),
-    for an optimizer whose step can't be taken some parameters at a time, and when no weight can be stored_as is asked
-    for; TypeError for what is no optimizer;
-    IoError, EngineError, DeviceError, MemoryMapError, ValueError.
+    Raises BudgetError, before anything is changed, when one module's parameters don't fit, but for what operators bring
+    in part by part: weights of nn.Linear, tables of nn.Embedding (compute_ops.py); PagedTensorError for a parameter
+    that can't be paged (not on the CPU, sparse, quantized, on the meta device, with hooks, already paged), for an
+    optimizer whose step can't be taken some parameters at a time, and when no weight can be stored_as is asked for;
+    TypeError for what is no optimizer; IoError, EngineError, DeviceError, MemoryMapError, ValueError.
 
     In a process group of torch.distributed every rank calls it, and pages what it has of the model: its shards when
     fully_shard() has sharded it before, or all of it in DistributedDataParallel, wrapped before or after. With a store,
@@ -593,7 +594,7 @@ class ModuleWindow:
     """A module, and what is held while it runs."""
 
     module: torch.nn.Module
-    owners: list[torch.nn.Module]  # of the parameters it holds: the module or its children
+    owned: list[tuple[torch.nn.Module, str]]  # what it holds: parameters of the module or its children
     window: Window
 
 
@@ -602,8 +603,11 @@ def _is_unguarded(module: torch.nn.Module, kinds: tuple[type[torch.nn.Module], .
 
 
 def make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int, int]]) -> list[ModuleWindow]:
-    """A window for each module that owns some of the parameters (spans: by id) and whose children own none."""
-    owning = {id(module) for module in model.modules() if _owned(module, spans)}
+    """A window for each module that owns some of the parameters (spans: by id) and whose children own none.
+
+    Those that operators bring in, part by part, count as nobody's.
+    """
+    owning = {id(module) for module in model.modules() if _owned(module, spans, core)}
     windows: list[ModuleWindow] = []
     covered: set[int] = set()  # modules inside of one that has a window for all of its children
     for name, module in model.named_modules():
@@ -612,20 +616,21 @@ def make_windows(model: torch.nn.Module, core: Core, spans: dict[int, tuple[int,
             continue
         as_one = _is_unguarded(module, _UNGUARDED[:2])
         if core.device == HOST:  # there the fused kernel's stray accesses would trap, and be served
-            as_one = as_one and _fits(core, _ranges(inner_owning, spans))
+            as_one = as_one and _fits(core, _ranges(inner_owning, spans, core))
         if not as_one and inner_owning != [module]:
             continue
         covered.update(id(inner) for inner in module.modules())
         shown_name = name or type(module).__name__
-        ranges = _ranges(inner_owning, spans)
+        ranges = _ranges(inner_owning, spans, core)
         set_id = core.add_set(ranges, shown_name)
         _throw_if_too_large(core, set_id, shown_name, sum(size_bytes for _, size_bytes in ranges))
-        windows.append(ModuleWindow(module, inner_owning, Window(core, set_id, shown_name)))
+        owned = [(owner, own_name) for owner in inner_owning for own_name in _owned(owner, spans, core)]
+        windows.append(ModuleWindow(module, owned, Window(core, set_id, shown_name)))
     return windows
 
 
-def _ranges(modules: list[torch.nn.Module], spans: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
-    return sorted({spans[id(parameter)] for module in modules for parameter in _owned(module, spans)})
+def _ranges(modules: list[torch.nn.Module], spans: dict[int, tuple[int, int]], core: Core) -> list[tuple[int, int]]:
+    return sorted({spans[id(parameter)] for module in modules for parameter in _owned(module, spans, core).values()})
 
 
 def _fits(core: Core, ranges: list[tuple[int, int]]) -> bool:
@@ -638,8 +643,13 @@ def _fits(core: Core, ranges: list[tuple[int, int]]) -> bool:
     return len(pages) <= core.pinnable_page_count
 
 
-def _owned(module: torch.nn.Module, spans: dict[int, tuple[int, int]]) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in module._parameters.values() if parameter is not None and id(parameter) in spans]
+def _owned(module: torch.nn.Module, spans: dict[int, tuple[int, int]], core: Core) -> dict[str, torch.nn.Parameter]:
+    left = parameters_left_to_operators(module, spans, core)
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in spans and name not in left
+    }
 
 
 def _throw_if_too_large(core: Core, set_id: int, name: str, size_bytes: int) -> None:
@@ -679,7 +689,7 @@ def _attach(
         item.module.register_forward_pre_hook(EnterHook(item.window))
         entered[id(item.module)] = item.module
         held: list[PagedTensor] = []
-        for parameter in (parameter for owner in item.owners for parameter in owner._parameters.values()):
+        for parameter in (owner._parameters[name] for owner, name in item.owned):
             if isinstance(parameter, PagedTensor) and parameter._tp_backing is not None:
                 parameter._tp_backing.windows.append(item.window)
                 held.append(parameter)

@@ -77,16 +77,31 @@ class Places:
 
     def copy_in(self, source: torch.Tensor, name: str) -> PagedTensor:
         """A paged tensor with the values of a plain one (strided, not empty), in a place of that name."""
-        size_bytes = source.numel() * source.element_size()
+        address, plain = self._place(source, name)
+        self.trim(source.numel() * source.element_size())
+        copy_into(self._core, plain, source)  # one that can't be held is made page by page, as they are touched
+        return self._paged(plain, name, address)
+
+    def empty_like(self, tensor: torch.Tensor, name: str) -> PagedTensor:
+        """A paged tensor (not empty) of the other's shape, dtype and, if it is dense, strides. It holds anything."""
+        address, plain = self._place(tensor, name)
+        return self._paged(plain, name, address)
+
+    def alias(self, plain: torch.Tensor, name: str) -> PagedTensor:
+        """A paged tensor over the same bytes as a plain one that torch made of one of ours, and that took its place."""
+        backing = Backing(self._core, name)
+        backing.windows.append(self._window)
+        return make_paged(plain, backing)
+
+    def _place(self, tensor: torch.Tensor, name: str) -> tuple[int, torch.Tensor]:
+        size_bytes = tensor.numel() * tensor.element_size()
         free = self._free_of(name, aligned_size(size_bytes))
         # From a page on at the start of one: as few pages as can be are resident with it, or are given back.
         align_bytes = self._core.page_bytes if size_bytes >= self._core.page_bytes else SPILL_ALIGN_BYTES
         address = free.pop() if free else self._arena.place(size_bytes, align_bytes)
-        self.trim(size_bytes)
-        plain = tensor_at(self._core, address, tuple(source.shape), dense_strides(source), source.dtype)
-        self._core.wanted(address, size_bytes)  # a copy that can't be held is made page by page, as they are touched
-        copy_into(self._core, plain, source)
-        return self._paged(plain, name, address)
+        plain = tensor_at(self._core, address, tuple(tensor.shape), dense_strides(tensor), tensor.dtype)
+        self._core.wanted(address, size_bytes)
+        return address, plain
 
     def trim(self, size_bytes: int) -> None:
         """So many bytes of plain memory more are let go, or soon will be: give it back to the system now and then."""

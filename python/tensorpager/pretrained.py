@@ -28,6 +28,7 @@ from tensorpager.checkpoint import (
 )
 from tensorpager.device import HOST, Device
 from tensorpager.errors import CheckpointError, PagedTensorError
+from tensorpager.experts import register_experts
 from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy, span_of
 from tensorpager.pager import install, make_core
 from tensorpager.quantised import QuantisedWeights
@@ -80,7 +81,8 @@ def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
     store, engine, page_bytes: as for `page()`. dtype: as in transformers, "auto" by default, which is what the files
     hold; weights in another dtype are converted into spill, on disk. variant: "fp16" for model.fp16.safetensors.
     model_class: instead of the class that config.json names. Other keyword arguments go to the class's
-    `from_pretrained`, for instance attn_implementation="eager".
+    `from_pretrained`, for instance attn_implementation="eager"; or experts_implementation="tensorpager", with which
+    only those experts of a mixture are brought in that are chosen (experts.py).
 
     Raises CheckpointError for a file that breaks the format, PagedTensorError for an argument that contradicts paging
     or a class transformers does not have, ImportError without transformers; BudgetError, IoError, EngineError,
@@ -95,6 +97,7 @@ def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
         raise PagedTensorError(msg)
     directory = os.fspath(directory)
     checkpoint = open_checkpoint(directory, variant=variant)
+    register_experts()
     config, kwargs = _load_config(directory, kwargs)
     model_class = _model_class(config) if model_class is None else model_class
     core = make_core(budget, store, engine, page_bytes, device, host_budget)

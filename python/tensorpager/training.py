@@ -29,6 +29,7 @@ import torch
 
 from tensorpager.backward import HeldRanges
 from tensorpager.errors import PagedTensorError
+from tensorpager.gradient_places import restore_paged_gradient
 from tensorpager.gradients import GradientNotes, NormsWanted
 from tensorpager.optim import AdamW
 from tensorpager.paged_tensor import PagedTensor, span_of
@@ -143,6 +144,7 @@ class Training:
         local = local_of(parameter)
         if type(local) is PagedTensor and local._tp_backing is not None:
             local._tp_backing.windows.append(self._window)
+            local._tp_backing.places = self.places
             self._names[id(parameter)] = local._tp_backing.name
         if type(parameter) is PagedTensor and parameter.requires_grad:  # nothing of a shard waits
             parameter.register_hook(_BeforeGradientHook(weakref.ref(parameter)))  # type: ignore[no-untyped-call]
@@ -164,6 +166,7 @@ class Training:
         """Autograd has finished the parameter's gradient: move it, or wait and see. Blocks on I/O."""
         if self.leaves_gradients:
             return
+        restore_paged_gradient(parameter)
         backward_id = torch._C._current_graph_task_id()
         if backward_id != self._backward_id:
             self._backward_id = backward_id
