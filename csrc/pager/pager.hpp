@@ -34,6 +34,7 @@
 #include "pager/quantised_file.hpp"
 #include "pager/recorder.hpp"
 #include "pager/residency.hpp"
+#include "pager/stream_order.hpp"
 #include "pager/ticket.hpp"
 
 namespace tp {
@@ -165,11 +166,8 @@ class Pager {
   void make_host_tier(const PagerOptions& options);
   void load_kernels();
   void make_device_tiers(const PagerOptions& options);
-  void make_stream_wait(cuda::Stream stream, std::uint64_t copy_point);
-  std::uint64_t release_point(cuda::Stream stream);
   void abandon_device() noexcept;
   void choose_transport(const DeviceOptions& wanted, MoverOptions& options);
-  void refuse_capture(cuda::Stream stream) const;
   void close_device() noexcept;
   void throw_if_unusable() const;
   std::vector<PageId> pages_of(const std::vector<AddressRange>& ranges) const;
@@ -197,6 +195,7 @@ class Pager {
   std::unique_ptr<Kernels> kernels_;  // changes once, under the residency's lock, with the first quantised pages
   std::string quantised_reason_;      // likewise
   std::unique_ptr<Residency> residency_;
+  std::unique_ptr<StreamOrder> streams_;  // of a device
   std::unique_ptr<Executor> executor_;
   std::shared_ptr<PagefileStore> pagefile_;
   std::function<std::unique_ptr<IoQueue>()> make_queue_;  // for flushes

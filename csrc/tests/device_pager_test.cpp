@@ -520,21 +520,6 @@ TEST(DevicePager, events_of_releases_are_collected_while_nothing_moves) {
   EXPECT_LT(device.standin().calls("cuEventCreate"), kReleases / 2);
 }
 
-TEST(DevicePager, a_stream_that_is_captured_is_refused) {
-  StandinDevice device(slow_device(6, 4));
-  const PatternFile file(2 * kDevicePage - 8, 7, kMemoryDirectory);
-  Pager pager(device_options(4, 5));
-  const Region region = pager.map_file(file.path(), 8);
-  const SetId set = one_set_per_page(pager, region)[0];
-  device.standin().arm({"cuStreamIsCapturing", 1, cuda::kErrorStreamCaptureImplicit, StandinEffect::sticky});
-  expect_device_error([&] { pager.acquire(set, {}, device.stream()); }, "CUDA graph is captured");
-  expect_device_error([&] { pager.hold({region.address, 8}, {}, device.stream()); }, "CUDA graph is captured");
-  device.standin().disarm();
-  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
-  pager.acquire(set, {}, device.stream());
-  pager.release(set, device.stream());
-}
-
 // The device is full of pages that it alone has; as many as the host tier has frames are wanted at once.
 TEST(DevicePager, a_small_host_tier_keeps_a_frame_for_what_leaves) {
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
