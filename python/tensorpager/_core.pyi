@@ -240,6 +240,10 @@ class Pager:
         """
         The model's root is entered: the schedule's position goes to the next start of its cycle.
         """
+    def captured_nothing(self, stream: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Whether no work of a stream, which is being captured, is in the graph yet. DeviceError, ValueError.
+        """
     def clear_schedule(self) -> None:
         """
         Forget every schedule.
@@ -279,6 +283,10 @@ class Pager:
     ) -> int:
         """
         acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then nothing is pinned and every page comes in as it is touched, which a device can't do: BudgetError.
+        """
+    def join_sets(self, set_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], name: str) -> int:
+        """
+        The set of all pages of these sets; see add_set. ValueError.
         """
     def map_file(self, path: str, aligned_offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> Region:
         """
@@ -321,6 +329,10 @@ class Pager:
     def recorded_contents(self) -> numpy.typing.NDArray[numpy.int32]:
         """
         What the recording that ended last noted, int32 [notes, 4] in order: the events before it; first page, and the one behind the last; 0: modified (by the step acquired last, if it is open and has the page, else by the next that has), 1: ended (nobody will want what the page held).
+        """
+    def redirect(self, handler: typing.Any) -> None:
+        """
+        From now on this thread's acquire, release, hold and mark_written of this pager are calls of the handler's methods of these names, with every argument; what a handler calls itself is not. None ends that. One pager at a time.
         """
     def release(
         self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0
