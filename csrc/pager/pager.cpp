@@ -391,6 +391,26 @@ void Pager::synchronize(cuda::Stream stream) {
   device_->driver().cuStreamSynchronize(stream);
 }
 
+GateFacts Pager::probe_gates(cuda::Stream stream) {
+  throw_if_unusable();
+  if (streams_ == nullptr) return {false, "the host has no CUDA graphs"};
+  streams_->refuse_capture(stream);
+  const std::lock_guard lock(gated_graph_mutex_);
+  return tp::probe_gates(device_, stream, {copies_->stream_to_device(), copies_->stream_to_host()},
+                         device_pool_->handle(FrameId{0}), page_bytes_);
+}
+
+std::unique_ptr<GatedGraph> Pager::make_gated_graph(cuda::Stream stream, std::size_t steps_max,
+                                                    std::chrono::milliseconds stuck_after) {
+  const GateFacts facts = probe_gates(stream);
+  if (!facts.usable) {
+    throw Error(ErrorKind::engine,
+                "a CUDA graph can't wait for pages on this stream: " + facts.reason + ". Capture in pieces instead");
+  }
+  return std::make_unique<GatedGraph>(GatedGraphParts{device_, *copies_, *releases_, *residency_, gated_graph_mutex_},
+                                      stream, steps_max, stuck_after);
+}
+
 void Pager::mark_written(SetId id) {
   throw_if_unusable();
   if (!recorder_.off() && recorder_.dry()) return;
