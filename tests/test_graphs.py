@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions captured in pieces, replayed on the stand-in device while their pages come and go.
 
-torch's own graphs need a GPU: tests/test_gpu.py. Here tape_pieces.py stands for them.
+torch's own graphs need a GPU: tests/test_gpu.py. Here those of standin_pieces.py stand for them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import transformers
 
 import tensorpager as tp
 from standin import standin
-from tape_pieces import TapePieces, tapes
+from standin_pieces import StandinPieces, pieces
 from tensorpager.passes import REPLAYS_KNOWN_MAX
 from torch_models import MIB, Net, core_of, make_net, some_ids
 
-__all__ = ["standin", "tapes"]
+__all__ = ["pieces", "standin"]
 
-pytestmark = pytest.mark.usefixtures("standin", "tapes")
+pytestmark = pytest.mark.usefixtures("standin", "pieces")
 
 
 def paged_net(budget: str = "16MiB", depth: int = 4) -> tuple[Net, Net, tp.Pager]:
@@ -36,18 +36,31 @@ def other_ids(seed: int) -> torch.Tensor:
     return (some_ids() * 7 + seed) % 1000
 
 
+def replayed(pager: tp.Pager, graph: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call's output, once the stream has come to it. The host does not wait in between."""
+    core = core_of(pager)
+    core.waits = False
+    try:
+        output = graph(*args, **kwargs)
+    finally:
+        core.waits = True
+    core.synchronize()
+    return output
+
+
 def page_ids_held(pager: tp.Pager, graph: Any) -> list[int]:
     return [len(core_of(pager).set_pages(set_id)) for set_id in graph.set_ids]
 
 
+@pytest.mark.parametrize("gates", [False, True])
 @pytest.mark.parametrize("piece_bytes", [None, "2MiB", "4MiB", "10MiB"])
-def test_replays_give_the_bits_of_the_unpaged_function(piece_bytes: str | None) -> None:
+def test_replays_give_the_bits_of_the_unpaged_function(piece_bytes: str | None, gates: bool) -> None:
     net, twin, pager = paged_net()
     with pager, torch.no_grad():
-        graph = pager.capture(net, some_ids(), piece_bytes=piece_bytes)
+        graph = pager.capture(net, some_ids(), piece_bytes=piece_bytes, gates=gates)
         assert graph.output.isnan().all()  # nothing has run yet
         for seed in range(6):
-            output = graph(other_ids(seed))
+            output = replayed(pager, graph, other_ids(seed))
             assert torch.equal(output, twin(other_ids(seed)))
             assert output is graph.output
         assert pager.stats()["resident_bytes_max"] <= 16 * MIB
@@ -61,10 +74,10 @@ def test_steps_that_fit_together_are_one_launch() -> None:
         counts = []
         for piece_bytes in ("2MiB", "6MiB", "10MiB"):
             graph = pager.capture(net, some_ids(), piece_bytes=piece_bytes)
-            TapePieces.launches = 0
+            StandinPieces.launches = 0
             before = pager.stats()["acquires"]
             graph.replay()
-            assert TapePieces.launches == graph.pieces
+            assert StandinPieces.launches == graph.pieces
             assert pager.stats()["acquires"] - before == len(graph.set_ids)
             counts.append(graph.pieces)
             largest = max(page_ids_held(pager, graph))
@@ -101,7 +114,7 @@ def test_more_graphs_than_the_core_knows_and_ordinary_passes_between() -> None:
         assert len({tuple(graph.set_ids) for graph in graphs}) > REPLAYS_KNOWN_MAX
         for _ in range(2):
             for graph, ids in zip(graphs, inputs, strict=True):
-                assert torch.equal(graph(ids), twin(ids))
+                assert torch.equal(replayed(pager, graph, ids), twin(ids))
                 assert pager.stats()["schedule"]["steps"] == len(graph.set_ids)
                 assert torch.equal(net(ids), twin(ids))
 
@@ -123,12 +136,13 @@ def test_the_function_runs_so_often_and_what_it_changes_changes() -> None:
         assert python_calls == 4
         assert calls == 3  # captured, it does nothing
         for seed in range(3):
-            assert torch.equal(graph(other_ids(seed)), twin(other_ids(seed)).argmax(-1))
+            assert torch.equal(replayed(pager, graph, other_ids(seed)), twin(other_ids(seed)).argmax(-1))
         assert calls == 6
         assert python_calls == 4
 
 
-def test_what_a_graph_writes_in_place_survives_eviction() -> None:
+@pytest.mark.parametrize("gates", [False, True])
+def test_what_a_graph_writes_in_place_survives_eviction(gates: bool) -> None:
     net, twin, pager = paged_net()
 
     def halve(model: Net, ids: torch.Tensor) -> torch.Tensor:
@@ -139,14 +153,51 @@ def test_what_a_graph_writes_in_place_survives_eviction() -> None:
         return output
 
     with pager, torch.no_grad():
-        graph = pager.capture(lambda ids: halve(net, ids), some_ids())
+        graph = pager.capture(lambda ids: halve(net, ids), some_ids(), gates=gates)
         halve(twin, some_ids())
         halve(twin, some_ids())
         for seed in range(3):
-            assert torch.equal(graph(other_ids(seed)), halve(twin, other_ids(seed)))
+            assert torch.equal(replayed(pager, graph, other_ids(seed)), halve(twin, other_ids(seed)))
         assert pager.stats()["copies_out"] > 0
         for name, value in net.state_dict().items():
             assert torch.equal(value, twin.state_dict()[name]), name
+
+
+def test_one_graph_with_gates_is_one_launch() -> None:
+    net, _, pager = paged_net("20MiB")
+    with pager:
+        graph = pager.capture(net, some_ids(), piece_bytes="4MiB", gates=True)
+        assert graph.pieces == 1
+        assert graph.set_ids == pager.capture(net, some_ids(), piece_bytes="4MiB").set_ids
+        StandinPieces.launches = 0
+        for _ in range(3):
+            graph.replay()
+        assert StandinPieces.launches == 3
+        pager.reset_stats()
+        for _ in range(3):
+            graph.replay()
+        core_of(pager).synchronize()
+        stats = pager.stats()
+        assert stats["faults"] == 0
+        assert stats["acquires"] == stats["releases"] == 3 * len(graph.set_ids)
+
+
+def test_gates_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, twin, pager = paged_net()
+    core = core_of(pager)
+    usable, reason = core.probe_gates(0)
+    assert usable
+    assert "get on" in reason
+
+    def refuse(_stream: int, _steps_max: int) -> None:
+        message = "a CUDA graph can't wait for pages on this stream"
+        raise tp.EngineError(message)
+
+    with pager, torch.no_grad():
+        monkeypatch.setattr(core, "make_gated_graph", refuse, raising=False)
+        with pytest.raises(tp.EngineError, match="can't wait"):
+            pager.capture(net, some_ids(), gates=True)
+        assert torch.equal(net(some_ids()), twin(some_ids()))
 
 
 def test_parameters_that_are_used_outside_of_modules() -> None:
@@ -162,7 +213,7 @@ def test_parameters_that_are_used_outside_of_modules() -> None:
         graph = pager.capture(lambda x: through(net, x), x)
         for _ in range(3):
             y = torch.randn(3, 512)
-            assert torch.equal(graph(y), through(twin, y))
+            assert torch.equal(replayed(pager, graph, y), through(twin, y))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +256,8 @@ def decode(first: Any, step: Any, prompt: torch.Tensor, tokens: int) -> list[int
     return result
 
 
-def test_a_captured_decode_step_of_a_checkpoint_gives_its_tokens(checkpoint: Path) -> None:
+@pytest.mark.parametrize("gates", [False, True])
+def test_a_captured_decode_step_of_a_checkpoint_gives_its_tokens(checkpoint: Path, gates: bool) -> None:
     prompt = torch.arange(5, 17).reshape(1, 12)
     plain = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
     with torch.no_grad():
@@ -214,9 +266,9 @@ def test_a_captured_decode_step_of_a_checkpoint_gives_its_tokens(checkpoint: Pat
         model = tp.from_pretrained(checkpoint, "16MiB", device="cuda:0", host_budget="16MiB")
         with model.pager as pager:
             cache, step = decoder(model)
-            graph = pager.capture(step, prompt[:, :1], torch.tensor([0]), piece_bytes="4MiB")
+            graph = pager.capture(step, prompt[:, :1], torch.tensor([0]), piece_bytes="4MiB", gates=gates)
             cache.reset()  # what the runs before the capture left in it
-            assert decode(step, graph, prompt, 20) == expected
+            assert decode(step, lambda *args: replayed(pager, graph, *args), prompt, 20) == expected
             assert pager.stats()["evictions"] > 100
     assert len(set(expected)) > 2  # each from the cache of those before
 
@@ -245,7 +297,7 @@ def test_a_capture_inside_of_a_call_is_refused() -> None:
         assert torch.equal(net(some_ids()), twin(some_ids()))
         handle.remove()
         assert "inside of a call" in str(errors[0])
-        assert torch.equal(pager.capture(net, some_ids())(other_ids(1)), twin(other_ids(1)))
+        assert torch.equal(replayed(pager, pager.capture(net, some_ids()), other_ids(1)), twin(other_ids(1)))
 
 
 def test_arguments_that_a_graph_can_not_take() -> None:
@@ -258,7 +310,7 @@ def test_arguments_that_a_graph_can_not_take() -> None:
     with pager, torch.no_grad():
         graph = pager.capture(scaled, some_ids(), 2.0, shift=torch.ones(1000))
         shift = torch.randn(1000)
-        assert torch.equal(graph(other_ids(1), 2.0, shift=shift), (twin(other_ids(1)) + shift) * 2.0)
+        assert torch.equal(replayed(pager, graph, other_ids(1), 2.0, shift=shift), (twin(other_ids(1)) + shift) * 2.0)
         for args, keywords, match in (
             ((some_ids()[:1], 2.0), {"shift": shift}, r"argument 0 was \(2, 8\) of torch.int64.*and is \(1, 8\)"),
             ((some_ids().float(), 2.0), {"shift": shift}, "argument 0 was .*torch.float32"),
@@ -267,10 +319,10 @@ def test_arguments_that_a_graph_can_not_take() -> None:
             ((some_ids(), 2.0), {}, "captured with 2 arguments and the keywords"),
             ((some_ids(),), {"shift": shift}, "called with 1 and"),
         ):
-            launches = TapePieces.launches
+            launches = StandinPieces.launches
             with pytest.raises(ValueError, match=match):
                 graph(*args, **keywords)
-            assert TapePieces.launches == launches
+            assert StandinPieces.launches == launches
         with pytest.raises(ValueError, match="warmup is 0"):
             pager.capture(net, some_ids(), warmup=0)
         with pytest.raises(ValueError, match="not a size"):
@@ -281,16 +333,17 @@ def test_a_closed_pager_captures_and_replays_nothing() -> None:
     net, _, pager = paged_net()
     graph = pager.capture(net, some_ids())
     no_step = pager.capture(lambda x: x + 1, torch.zeros(3))
-    assert torch.equal(no_step(torch.ones(3)), torch.full((3,), 2.0))
-    launches = TapePieces.launches
+    assert torch.equal(replayed(pager, no_step, torch.ones(3)), torch.full((3,), 2.0))
+    launches = StandinPieces.launches
     pager.close()
     for call in (graph.replay, no_step.replay, lambda: pager.capture(net, some_ids())):
         with pytest.raises(tp.ClosedError):
             call()
-    assert TapePieces.launches == launches
+    assert StandinPieces.launches == launches
 
 
-def test_a_function_that_raises_leaves_nothing_held() -> None:
+@pytest.mark.parametrize("gates", [False, True])
+def test_a_function_that_raises_leaves_nothing_held(gates: bool) -> None:
     net, twin, pager = paged_net()
     runs = 0
 
@@ -308,11 +361,11 @@ def test_a_function_that_raises_leaves_nothing_held() -> None:
         for when in (1, 2, 3):
             runs = 0
             with pytest.raises(KeyError, match=str(when)):
-                pager.capture(fails, some_ids(), when)
+                pager.capture(fails, some_ids(), when, gates=gates)
             assert pager.stats()["pinned_pages"] == 0
             assert torch.equal(net(some_ids()), twin(some_ids()))
-        graph = pager.capture(fails, some_ids(), -1)
-        assert torch.equal(graph(other_ids(2), -1), twin(other_ids(2)))
+        graph = pager.capture(fails, some_ids(), -1, gates=gates)
+        assert torch.equal(replayed(pager, graph, other_ids(2), -1), twin(other_ids(2)))
 
 
 def test_a_page_that_can_not_be_had_ends_the_replay_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,14 +382,14 @@ def test_a_page_that_can_not_be_had_ends_the_replay_between_two_pieces(monkeypat
                 raise tp.IoError(5, "page 7 could not be read")
             acquire(set_id, stream)
 
-        before = TapePieces.launches
+        before = StandinPieces.launches
         with monkeypatch.context() as patch:
             patch.setattr(core, "acquire", fails, raising=False)
             with pytest.raises(tp.IoError, match="page 7"):
                 graph(other_ids(1))
-        assert TapePieces.launches - before == 4
+        assert StandinPieces.launches - before == 4
         assert pager.stats()["pinned_pages"] == 0
-        assert torch.equal(graph(other_ids(1)), twin(other_ids(1)))
+        assert torch.equal(replayed(pager, graph, other_ids(1)), twin(other_ids(1)))
 
 
 def test_a_function_that_takes_another_way_when_it_is_captured_is_right_all_the_same() -> None:
@@ -357,7 +410,7 @@ def test_a_function_that_takes_another_way_when_it_is_captured_is_right_all_the_
     with pager, torch.no_grad():
         graph = pager.capture(turns, x)
         for _ in range(3):
-            assert torch.equal(graph(x), backwards(twin, x))
+            assert torch.equal(replayed(pager, graph, x), backwards(twin, x))
         assert pager.stats()["pinned_pages"] == 0
 
 

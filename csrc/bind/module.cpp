@@ -603,6 +603,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_ticket(module);
   bind_quantised_file(module);
   bind_pagefile(module);
+  tp::bind_gated_graph(module);
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager

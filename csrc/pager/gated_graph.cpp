@@ -32,14 +32,19 @@ GatedGraph::~GatedGraph() {
   }
 }
 
-void GatedGraph::step(SetId set, bool writes, cuda::Stream captured_stream) {
+void GatedGraph::step(SetId set, cuda::Stream captured_stream) {
   if (ended_) throw Error(ErrorKind::invalid, "a gated graph was captured already");
   if (steps_.size() == gates_->count()) {
     throw Error(ErrorKind::invalid,
                 "a gated graph has more steps than the " + std::to_string(gates_->count()) + " that it was made for");
   }
   gates_->capture_step(steps_.size(), captured_stream);
-  steps_.push_back({set, writes, 0});
+  steps_.push_back({set, {}, 0});
+}
+
+void GatedGraph::writes(SetId set) {
+  if (ended_ || steps_.empty()) throw Error(ErrorKind::invalid, "no step of a gated graph is being captured");
+  steps_.back().written.push_back(set);
 }
 
 void GatedGraph::end(cuda::Stream captured_stream) {
@@ -88,7 +93,7 @@ void GatedGraph::bring_in(std::size_t index) {
   try {
     // The launch before has to have come through this gate, and to have let go of the mark.
     wait_for(step.last_point);
-    if (step.writes) parts_.residency.mark_written(step.set);
+    for (const SetId written : step.written) parts_.residency.mark_written(written);
     gates_->clear_mark(index);
     gates_->open_behind(index, parts_.copies.stream_to_device());
     step.last_point = parts_.releases.record_mark(gates_->mark(index));

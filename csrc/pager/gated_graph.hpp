@@ -53,9 +53,10 @@ class GatedGraph {
   GatedGraph(const GatedGraph&) = delete;
   GatedGraph& operator=(const GatedGraph&) = delete;
 
-  // While a stream is captured: what it captures from now on uses the pages of the set, and no others. writes: it
-  // modifies them.
-  void step(SetId set, bool writes, cuda::Stream captured_stream);
+  // While a stream is captured: what it captures from now on uses the pages of the set, and no others.
+  void step(SetId set, cuda::Stream captured_stream);
+  // It modifies these, which are of that set.
+  void writes(SetId set);
   // The last of it was captured.
   void end(cuda::Stream captured_stream);
   // `launch` launches the graph that was captured, in this stream, which is the one that was probed; its pages are
@@ -68,7 +69,7 @@ class GatedGraph {
  private:
   struct Step {
     SetId set;
-    bool writes = false;
+    std::vector<SetId> written;
     std::uint64_t last_point = 0;  // of the releases, at the last replay
   };
   void bring_in(std::size_t index);

@@ -34,7 +34,7 @@ struct Gated {
       : run(of), graph(of.pager().make_gated_graph(of.stream(), kRunSteps, stuck_after)) {
     exec = run.capture([&] {
       for (std::size_t step = 0; step < kRunSteps; ++step) {
-        graph->step(run.set(step), false, run.stream());
+        graph->step(run.set(step), run.stream());
         run.launch_kernel(step);
       }
       graph->end(run.stream());
@@ -149,7 +149,8 @@ TEST(GatedGraph, keeps_what_its_steps_write) {
       const std::unique_ptr<GatedGraph> graph = pager.make_gated_graph(run.stream(), kRunPages);
       const cuda::GraphExec exec = run.capture([&] {
         for (std::size_t page = 0; page < kRunPages; ++page) {
-          graph->step(sets[page], true, run.stream());
+          graph->step(sets[page], run.stream());
+          graph->writes(sets[page]);
           test::KernelWork& work = run.device().new_work();
           work.writes.push_back({address_of(page), 100 + page});
           run.device().launch(work, run.stream());
@@ -179,7 +180,7 @@ TEST(GatedGraph, of_two_threads_take_turns) {
   const std::unique_ptr<GatedGraph> second = run.pager().make_gated_graph(other, kRunSteps);
   const cuda::GraphExec exec = run.capture([&] {
     for (std::size_t step = kRunSteps; step-- > 0;) {
-      second->step(run.set(step), false, run.stream());
+      second->step(run.set(step), run.stream());
       run.launch_kernel(step);
     }
     second->end(run.stream());
@@ -206,13 +207,14 @@ TEST(GatedGraph, says_what_comes_in_the_wrong_order) {
   Gated gated(run);
   const std::unique_ptr<GatedGraph> small = run.pager().make_gated_graph(run.stream(), 1);
   expect_error(ErrorKind::invalid, "before it was captured", [&] { small->replay(run.stream(), [] {}); });
-  expect_error(ErrorKind::invalid, "not being captured", [&] { small->step(run.set(0), false, run.stream()); });
+  expect_error(ErrorKind::invalid, "no step", [&] { small->writes(run.set(0)); });
+  expect_error(ErrorKind::invalid, "not being captured", [&] { small->step(run.set(0), run.stream()); });
   run.capture([&] {
-    small->step(run.set(0), false, run.stream());
-    expect_error(ErrorKind::invalid, "more steps", [&] { small->step(run.set(1), false, run.stream()); });
+    small->step(run.set(0), run.stream());
+    expect_error(ErrorKind::invalid, "more steps", [&] { small->step(run.set(1), run.stream()); });
     small->end(run.stream());
     expect_error(ErrorKind::invalid, "captured already", [&] { small->end(run.stream()); });
-    expect_error(ErrorKind::invalid, "captured already", [&] { small->step(run.set(1), false, run.stream()); });
+    expect_error(ErrorKind::invalid, "captured already", [&] { small->step(run.set(1), run.stream()); });
     expect_error(ErrorKind::device, "CUDA graph is captured", [&] { run.pager().probe_gates(run.stream()); });
   });
   expect_error(ErrorKind::invalid, "another stream", [&] { gated.graph->replay(nullptr, [] {}); });

@@ -17,6 +17,7 @@ __all__: list[str] = [
     "DirectoryFacts",
     "EVENT_KINDS",
     "EngineCandidate",
+    "GatedGraph",
     "PAGE_STATES",
     "Pagefile",
     "Pager",
@@ -182,6 +183,33 @@ class Pagefile:
     @property
     def page_count(self) -> int: ...
 
+class GatedGraph:
+    """
+    One CUDA graph that waits for its pages; see csrc/pager/gated_graph.hpp. One thread.
+    """
+    def end(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The last of it was captured. DeviceError, ValueError.
+        """
+    def replay(
+        self, stream: typing.SupportsInt | typing.SupportsIndex, launch: collections.abc.Callable[[], typing.Any]
+    ) -> None:
+        """
+        launch() launches the graph in the stream, the one that it was made for; returns when its last gate is open. Signals wait as long. After an error nothing of the pager can be used: IoError, BudgetError, DeviceError, ClosedError; ValueError.
+        """
+    def step(
+        self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        What the stream, which is being captured, captures from now on uses these pages alone. DeviceError, ValueError.
+        """
+    def writes(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The step that is being captured modifies these pages, which are of its set. ValueError.
+        """
+    @property
+    def step_count(self) -> int: ...
+
 class Pager:
     """
     Page table, frames and executor thread. Any thread; waiting releases the GIL.
@@ -288,6 +316,12 @@ class Pager:
         """
         The set of all pages of these sets; see add_set. ValueError.
         """
+    def make_gated_graph(
+        self, stream: typing.SupportsInt | typing.SupportsIndex, steps_max: typing.SupportsInt | typing.SupportsIndex
+    ) -> GatedGraph:
+        """
+        A graph that is launched in this stream. EngineError with the reason where probe_gates() says no; DeviceError.
+        """
     def map_file(self, path: str, aligned_offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> Region:
         """
         Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at aligned_offset_bytes lies at a multiple of 256. IoError.
@@ -317,6 +351,10 @@ class Pager:
     def prefetch(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> Ticket:
         """
         Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.
+        """
+    def probe_gates(self, stream: typing.SupportsInt | typing.SupportsIndex) -> tuple[bool, str]:
+        """
+        Whether a graph in this stream may wait for pages that are asked for after its launch, and why. Tried out; waits for the stream. DeviceError.
         """
     def record_begin(self, dry: bool) -> None:
         """

@@ -182,6 +182,7 @@ class Pager:
         *args: Any,
         warmup: int = 2,
         piece_bytes: int | str | None = None,
+        gates: bool = False,
         **kwargs: Any,
     ) -> PagedGraph:
         """Capture a function of a model on a device as CUDA graphs that are replayed with paging underneath.
@@ -198,6 +199,11 @@ class Pager:
         piece_bytes: how much of the budget is held at once at most, as bytes or a text such as "64MiB"; by default an
         eighth. Steps that fit together are one graph. A single step may need more.
 
+        gates: make one graph of all, which waits for its pages on the device, instead of one for each piece. It is
+        refused, with EngineError and the reason, where this device and stream would not get on meanwhile, and has to be
+        replayed in the stream that is current now. A page that can't be read then costs the CUDA context, since a graph
+        can't be stopped.
+
         Raises PagedTensorError on the host and inside of a call of the model; BudgetError, IoError, DeviceError; what
         the function and torch raise; ClosedError.
         """
@@ -207,7 +213,9 @@ class Pager:
             msg = "the pager is closed: its model can't be captured"
             raise ClosedError(msg)
         held_bytes = 0 if piece_bytes is None else parse_bytes(piece_bytes)
-        return graphs.capture(self._core, self._director, function, args, kwargs, warmup=warmup, piece_bytes=held_bytes)
+        return graphs.capture(
+            self._core, self._director, function, args, kwargs, warmup=warmup, piece_bytes=held_bytes, gates=gates
+        )
 
     def commit(self, state: object = None) -> int:
         """Make all of training as it is now the store's next commit. Returns its number.

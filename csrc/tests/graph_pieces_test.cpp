@@ -60,7 +60,7 @@ std::uint64_t caught(Pieces how) {
   return seeds;
 }
 
-TEST(CapturedPieces, see_their_own_bytes_on_any_number_of_channels) {
+TEST(GraphPieces, see_their_own_bytes_on_any_number_of_channels) {
   for (const std::size_t channels : {0u, 1u, 2u, 3u}) {
     for (std::uint64_t seed = 1; seed <= kRunSeeds; ++seed) {
       SCOPED_TRACE("channels " + std::to_string(channels) + ", seed " + std::to_string(seed));
@@ -77,7 +77,7 @@ TEST(CapturedPieces, see_their_own_bytes_on_any_number_of_channels) {
   }
 }
 
-TEST(CapturedPieces, that_are_wrong_on_purpose_are_caught) {
+TEST(GraphPieces, that_are_wrong_on_purpose_are_caught) {
   EXPECT_EQ(caught(Pieces::right), 0u);
   for (const Pieces how :
        {Pieces::launched_before_they_are_held, Pieces::released_before_they_are_launched, Pieces::not_held_at_all}) {
