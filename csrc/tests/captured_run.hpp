@@ -46,11 +46,6 @@ class CapturedRun {
       works_.push_back(&work);
     }
   }
-  ~CapturedRun() {
-    const CudaDevice::Current current(*pager_.device());
-    for (const cuda::GraphExec graph : graphs_) driver().cuGraphExecDestroy.result(graph);
-  }
-
   static const CudaDriver& driver() { return StandinDevice::driver(); }
   StandinDevice& device() { return device_; }
   std::string path() const { return file_.path(); }
@@ -73,25 +68,11 @@ class CapturedRun {
     }
     pager_.set_schedule({steps, initial, step, deadline, page_in, evict});
   }
-  // Captures what `ask` asks of the stream.
-  cuda::GraphExec capture(const std::function<void()>& ask) {
-    const CudaDevice::Current current(*pager_.device());
-    cuda::Graph graph = nullptr;
-    cuda::GraphExec exec = nullptr;
-    driver().cuStreamBeginCapture(stream(), cuda::kStreamCaptureModeThreadLocal);
-    ask();
-    driver().cuStreamEndCapture(stream(), &graph);
-    driver().cuGraphInstantiateWithFlags(&exec, graph, 0ull);
-    driver().cuGraphDestroy(graph);
-    return graphs_.emplace_back(exec);
-  }
+  cuda::GraphExec capture(const std::function<void()>& ask) { return device_.capture(ask); }
   cuda::GraphExec capture_step(std::size_t step) {
     return capture([&] { device_.launch(*works_[step], stream()); });
   }
-  void launch(cuda::GraphExec graph) {
-    const CudaDevice::Current current(*pager_.device());
-    driver().cuGraphLaunch(graph, stream());
-  }
+  void launch(cuda::GraphExec graph) { device_.launch(graph); }
   void launch_kernel(std::size_t step) { device_.launch(*works_[step], stream()); }
   void synchronize() { device_.synchronize(stream()); }
   bool is_right() {
@@ -108,7 +89,6 @@ class CapturedRun {
   Region region_;
   std::vector<SetId> sets_;
   std::vector<KernelWork*> works_;
-  std::vector<cuda::GraphExec> graphs_;
 };
 
 }  // namespace tp::test

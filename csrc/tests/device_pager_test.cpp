@@ -24,6 +24,7 @@ using test::kDevicePage;
 using test::KernelWork;
 using test::kMemoryDirectory;
 using test::kWordsPerPage;
+using test::link_ns;
 using test::one_set_per_page;
 using test::pattern;
 using test::PatternFile;
@@ -31,6 +32,7 @@ using test::slow_device;
 using test::StandinDevice;
 using test::sweep;
 using test::SweepSchedule;
+using test::timed_device;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr int kSeeds = 10;
@@ -334,29 +336,6 @@ TEST(DevicePager, closing_waits_for_kernels_that_were_released) {
 }
 
 // ---------------------------------------------------------------- in simulated time
-
-constexpr std::uint64_t kLinkBytesPerSecond = 50'000'000'000;
-
-// pager: null until it is made. The clock moves only while its caller waits for pages.
-StandinOptions timed_device(std::size_t device_frames, const std::atomic<Pager*>& pager) {
-  StandinOptions options;
-  options.polls_step_time = true;
-  options.host_waits = [&pager] {
-    Pager* made = pager.load();
-    if (made == nullptr) return true;
-    Residency& residency = made->residency();
-    const std::lock_guard lock(residency.mutex);
-    return residency.waiters != nullptr || residency.closing;
-  };
-  options.host_to_device_bytes_per_second = kLinkBytesPerSecond;
-  options.device_to_host_bytes_per_second = kLinkBytesPerSecond;
-  options.device_memory_bytes = device_frames * kDevicePage;
-  return options;
-}
-
-constexpr double link_ns(std::size_t pages) {
-  return static_cast<double>(pages * kDevicePage) / static_cast<double>(kLinkBytesPerSecond) * 1e9;
-}
 
 TEST(DevicePager, a_stream_of_pages_keeps_the_link_busy) {
   constexpr std::size_t kPages = 40, kFrames = 10;

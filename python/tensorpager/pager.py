@@ -196,8 +196,8 @@ class Pager:
         control flow, and memory each time, and nothing that waits for the device. Gradients are off. Tensors among the
         arguments are inputs, copied for each call; other arguments, and what is inside of them, stay as they are.
 
-        piece_bytes: how much of the budget is held at once at most, as bytes or a text such as "64MiB"; by default an
-        eighth. Steps that fit together are one graph. A single step may need more.
+        piece_bytes: how much of the budget is held at once at most, as bytes or a text such as "64MiB"; by default a
+        16th. Steps that fit together are one graph. A single step may need more.
 
         gates: make one graph of all, which waits for its pages on the device, instead of one for each piece. It is
         refused, with EngineError and the reason, where this device and stream would not get on meanwhile, and has to be
