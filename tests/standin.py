@@ -39,24 +39,30 @@ class StandinTicket:
 
 
 class StandinCore:
-    """A core on the stand-in device. What it does not define is the native core's."""
+    """A core on the stand-in device. What it does not define is the native core's.
+
+    waits: whether acquire and hold return when the pages are there. Not for what runs in the stream itself.
+    """
 
     def __init__(self, native: NativePager) -> None:
         self._native = native
+        self.waits = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
 
     def acquire(self, set_id: int, stream: int = 0) -> None:
         self._native.acquire(set_id, stream)
-        self._native.synchronize(stream)
+        if self.waits:
+            self._native.synchronize(stream)
 
     def prefetch(self, set_id: int) -> StandinTicket:
         return StandinTicket(self._native, self._native.prefetch(set_id))
 
     def hold(self, address: int, size_bytes: int, stream: int = 0) -> int:
         set_id = self._native.hold(address, size_bytes, stream)
-        self._native.synchronize(stream)
+        if self.waits:
+            self._native.synchronize(stream)
         return set_id
 
 

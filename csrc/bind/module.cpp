@@ -8,7 +8,9 @@
 #include "base/error.hpp"
 #include "bind/byte_tensor.hpp"
 #include "bind/file_transfers.hpp"
+#include "bind/graphs.hpp"
 #include "bind/interrupted.hpp"
+#include "bind/page_operations.hpp"
 #include "bind/pagefile.hpp"
 #include "bind/recording.hpp"
 #include "device/cufile.hpp"
@@ -23,6 +25,7 @@ namespace {
 
 using tp::interrupted;
 using tp::Pager;
+using tp::stream_of;
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
 const char* exception_name(const tp::Error& error) {
@@ -51,24 +54,6 @@ void raise_python_error(const tp::Error& error) {
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
-// A raw stream handle, as torch gives it. 0 is the legacy default stream; on the host it means nothing.
-tp::cuda::Stream stream_of(std::uintptr_t handle) { return reinterpret_cast<tp::cuda::Stream>(handle); }
-
-void acquire(Pager& pager, std::uint32_t set, std::uintptr_t stream) {
-  const py::gil_scoped_release no_gil;
-  pager.acquire(tp::SetId{set}, interrupted(), stream_of(stream));
-}
-
-// The GIL stays on the host, where nothing is called that could take time.
-void release(Pager& pager, std::uint32_t set, std::uintptr_t stream) {
-  if (pager.device() == nullptr) {
-    pager.release(tp::SetId{set});
-    return;
-  }
-  const py::gil_scoped_release no_gil;
-  pager.release(tp::SetId{set}, stream_of(stream));
-}
-
 // What prefetch() gives: the ticket, and the pager that knows the streams. Python keeps the pager alive for it.
 struct BoundTicket {
   BoundTicket(Pager& of_pager, std::unique_ptr<tp::Ticket> of_ticket) : pager(of_pager), ticket(std::move(of_ticket)) {}
@@ -87,13 +72,6 @@ struct BoundTicket {
   std::unique_ptr<tp::Ticket> ticket;
   std::optional<tp::cuda::Stream> waited_on;
 };
-
-std::int64_t hold(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes, std::uintptr_t stream) {
-  const py::gil_scoped_release no_gil;
-  const auto set =
-      pager.hold({reinterpret_cast<const std::byte*>(address), size_bytes}, interrupted(), stream_of(stream));
-  return set ? static_cast<std::int64_t>(set->value) : -1;
-}
 
 // A capsule over bytes of the address space. It keeps the space, and with it the addresses, alive; not the pager.
 py::capsule tensor(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes) {
@@ -354,15 +332,14 @@ void bind_pager_paging(py::class_<Pager>& pager) {
       .def(
           "set_name", [](const Pager& self, std::uint32_t set) { return self.set(tp::SetId{set}).name; },
           py::arg("set_id"))
-      .def("acquire", &acquire, py::arg("set_id"), py::arg("stream") = 0,
+      .def("acquire", &tp::acquire, py::arg("set_id"), py::arg("stream") = 0,
            "Wait until every page of the set is resident and forbid eviction until release(). Counted. On a device: "
            "until the copies are issued, and the stream (a raw handle) waits for them. Raises BudgetError, IoError, "
            "DeviceError, ClosedError, ForkedProcessError, KeyboardInterrupt; then nothing is acquired.")
-      .def("release", &release, py::arg("set_id"), py::arg("stream") = 0,
+      .def("release", &tp::release, py::arg("set_id"), py::arg("stream") = 0,
            "Let the pages go: on a device, once the stream has done all it holds now.")
-      .def(
-          "mark_written", [](Pager& self, std::uint32_t set) { self.mark_written(tp::SetId{set}); }, py::arg("set_id"),
-          "The device writes to the pages of the set, which is acquired. ValueError if it is not.")
+      .def("mark_written", &tp::mark_written, py::arg("set_id"),
+           "The device writes to the pages of the set, which is acquired. ValueError if it is not.")
       .def(
           "discard",
           [](Pager& self, std::uintptr_t address, std::uint64_t size_bytes) {
@@ -387,7 +364,7 @@ void bind_pager_paging(py::class_<Pager>& pager) {
             self.synchronize(stream_of(stream));
           },
           py::arg("stream") = 0, "Wait until the stream has done all it holds; nothing on the host.")
-      .def("hold", &hold, py::arg("address"), py::arg("size_bytes"), py::arg("stream") = 0,
+      .def("hold", &tp::hold, py::arg("address"), py::arg("size_bytes"), py::arg("stream") = 0,
            "acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can "
            "hold at once: then "
            "nothing is pinned and every page comes in as it is touched, which a device can't do: BudgetError.")
@@ -556,6 +533,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_quantised_file(module);
   tp::bind_pagefile(module);
   tp::bind_file_transfers(module);
+  tp::bind_gated_graph(module);
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager
@@ -596,6 +574,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_pager_paging(pager);
   bind_pager_commits(pager);
   tp::bind_recording(pager);
+  tp::bind_graphs(pager);
   bind_pager_schedules(pager);
   bind_pager_facts(pager);
 }

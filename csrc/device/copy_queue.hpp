@@ -37,6 +37,10 @@ class CopyQueue {
   void to_host(std::byte* host, const std::byte* device_address, std::size_t size_bytes);
   std::uint64_t end_to_host() { return departures_.record(to_host_); }
 
+  // For what has to come behind copies; not to be waited in.
+  cuda::Stream stream_to_device() const noexcept { return to_device_; }
+  cuda::Stream stream_to_host() const noexcept { return to_host_; }
+
   EventTimeline& arrivals() noexcept { return arrivals_; }
   const EventTimeline& arrivals() const noexcept { return arrivals_; }
   const EventTimeline& departures() const noexcept { return departures_; }

@@ -23,6 +23,9 @@ using Stream = struct StreamTag*;
 using Event = struct EventTag*;
 using Module = struct ModuleTag*;
 using Function = struct FunctionTag*;
+using Graph = struct GraphTag*;
+using GraphNode = struct GraphNodeTag*;
+using GraphExec = struct GraphExecTag*;
 using HostFunction = void (*)(void* user_data);
 
 inline constexpr Result kSuccess = 0;
@@ -38,15 +41,30 @@ inline constexpr Result kErrorMapFailed = 205;
 inline constexpr Result kErrorUnmapFailed = 206;
 inline constexpr Result kErrorEccUncorrectable = 214;
 inline constexpr Result kErrorInvalidHandle = 400;
+inline constexpr Result kErrorIllegalState = 401;
 inline constexpr Result kErrorNotFound = 500;
 inline constexpr Result kErrorNotReady = 600;
 inline constexpr Result kErrorIllegalAddress = 700;
 inline constexpr Result kErrorLaunchFailed = 719;
 inline constexpr Result kErrorNotPermitted = 800;
 inline constexpr Result kErrorNotSupported = 801;
+inline constexpr Result kErrorStreamCaptureUnsupported = 900;
+inline constexpr Result kErrorStreamCaptureInvalidated = 901;
+inline constexpr Result kErrorStreamCaptureMerge = 902;
+inline constexpr Result kErrorStreamCaptureUnmatched = 903;
+inline constexpr Result kErrorStreamCaptureUnjoined = 904;
+inline constexpr Result kErrorStreamCaptureIsolation = 905;
 inline constexpr Result kErrorStreamCaptureImplicit = 906;
+inline constexpr Result kErrorCapturedEvent = 907;
+inline constexpr Result kErrorStreamCaptureWrongThread = 908;
 inline constexpr Result kErrorUnknown = 999;
+inline constexpr int kStreamCaptureModeGlobal = 0;
+inline constexpr int kStreamCaptureModeThreadLocal = 1;
 inline constexpr int kStreamCaptureModeRelaxed = 2;
+inline constexpr int kStreamCaptureStatusNone = 0;
+inline constexpr int kStreamCaptureStatusActive = 1;
+inline constexpr int kStreamCaptureStatusInvalidated = 2;
+inline constexpr unsigned kStreamSetCaptureDependencies = 1;
 
 inline constexpr int kAttributeMultiprocessorCount = 16;
 inline constexpr int kAttributeAsyncEngineCount = 40;
@@ -57,6 +75,11 @@ inline constexpr int kAttributeHostNumaId = 134;
 
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventDisableTiming = 2;
+inline constexpr unsigned kStreamWaitValueAtLeast = 0;  // int32(now - value) >= 0
+inline constexpr unsigned kStreamWaitValueEqual = 1;
+inline constexpr int kStreamMemOpWaitValue32 = 1;
+inline constexpr int kStreamMemOpWriteValue32 = 2;
+inline constexpr std::size_t kStreamMemOpsMax = 255;  // in one batch
 inline constexpr unsigned kHostRegisterPortable = 1;
 inline constexpr unsigned kHostRegisterDeviceMap = 2;
 inline constexpr std::uint64_t kGetProcAddressLegacyStream = 1;
@@ -89,7 +112,24 @@ struct MemAccessDesc {
   int flags = kAccessReadWrite;
 };
 
-// X(entry point, parameters). All return Result.
+// A wait for a value, or a write of one: the two have equal layouts, which is all of the driver's union that we use.
+struct StreamMemOp {
+  int operation = 0;
+  DevicePtr address = 0;
+  std::uint64_t value = 0;  // 32-bit operations take the lower half
+  unsigned flags = 0;
+  DevicePtr alias = 0;  // the driver's own
+  std::uint64_t reserved = 0;
+};
+
+struct BatchMemOpNodeParams {
+  Context context = nullptr;
+  unsigned count = 0;
+  StreamMemOp* operations = nullptr;
+  unsigned flags = 0;
+};
+
+// X(entry point, parameters). All return Result. Of those that changed after 12.0, cuda_abi_check.cpp has a list.
 #define TP_CUDA_ENTRY_POINTS(X)                                                                                       \
   X(cuInit, (unsigned flags))                                                                                         \
   X(cuDriverGetVersion, (int* version))                                                                               \
@@ -136,6 +176,18 @@ struct MemAccessDesc {
   X(cuStreamWaitEvent, (Stream stream, Event event, unsigned flags))                                                  \
   X(cuStreamWaitValue32, (Stream stream, DevicePtr address, std::uint32_t value, unsigned flags))                     \
   X(cuStreamWriteValue32, (Stream stream, DevicePtr address, std::uint32_t value, unsigned flags))                    \
+  X(cuStreamBeginCapture, (Stream stream, int mode))                                                                  \
+  X(cuStreamEndCapture, (Stream stream, Graph * graph))                                                               \
+  X(cuStreamGetCaptureInfo, (Stream stream, int* status, std::uint64_t* id, Graph* graph,                             \
+                             const GraphNode** dependencies, std::size_t* dependency_count))                          \
+  X(cuStreamUpdateCaptureDependencies,                                                                                \
+    (Stream stream, GraphNode * dependencies, std::size_t dependency_count, unsigned flags))                          \
+  X(cuGraphAddBatchMemOpNode, (GraphNode * node, Graph graph, const GraphNode* dependencies,                          \
+                               std::size_t dependency_count, const BatchMemOpNodeParams* params))                     \
+  X(cuGraphInstantiateWithFlags, (GraphExec * exec, Graph graph, unsigned long long flags))                           \
+  X(cuGraphLaunch, (GraphExec exec, Stream stream))                                                                   \
+  X(cuGraphExecDestroy, (GraphExec exec))                                                                             \
+  X(cuGraphDestroy, (Graph graph))                                                                                    \
   X(cuThreadExchangeStreamCaptureMode, (int* mode))                                                                   \
   X(cuStreamIsCapturing, (Stream stream, int* status))                                                                \
   X(cuLaunchHostFunc, (Stream stream, HostFunction function, void* user_data))                                        \

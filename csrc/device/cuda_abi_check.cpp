@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compares cuda_abi.hpp with the toolkit's <cuda.h>. Compiled where there is a toolkit, never linked.
 #include <cuda.h>
+#include <cudaTypedefs.h>
 
 #include <cstddef>
 #include <type_traits>
@@ -14,8 +15,27 @@ namespace {
 TP_SAME(kSuccess, CUDA_SUCCESS);
 TP_SAME(kErrorInvalidValue, CUDA_ERROR_INVALID_VALUE);
 TP_SAME(kErrorOutOfMemory, CUDA_ERROR_OUT_OF_MEMORY);
+TP_SAME(kErrorIllegalState, CUDA_ERROR_ILLEGAL_STATE);
+TP_SAME(kErrorStreamCaptureUnsupported, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+TP_SAME(kErrorStreamCaptureInvalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+TP_SAME(kErrorStreamCaptureMerge, CUDA_ERROR_STREAM_CAPTURE_MERGE);
+TP_SAME(kErrorStreamCaptureUnmatched, CUDA_ERROR_STREAM_CAPTURE_UNMATCHED);
+TP_SAME(kErrorStreamCaptureUnjoined, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
+TP_SAME(kErrorStreamCaptureIsolation, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
 TP_SAME(kErrorStreamCaptureImplicit, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+TP_SAME(kErrorCapturedEvent, CUDA_ERROR_CAPTURED_EVENT);
+TP_SAME(kErrorStreamCaptureWrongThread, CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+TP_SAME(kStreamCaptureModeGlobal, CU_STREAM_CAPTURE_MODE_GLOBAL);
+TP_SAME(kStreamCaptureModeThreadLocal, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
 TP_SAME(kStreamCaptureModeRelaxed, CU_STREAM_CAPTURE_MODE_RELAXED);
+TP_SAME(kStreamCaptureStatusNone, CU_STREAM_CAPTURE_STATUS_NONE);
+TP_SAME(kStreamCaptureStatusActive, CU_STREAM_CAPTURE_STATUS_ACTIVE);
+TP_SAME(kStreamCaptureStatusInvalidated, CU_STREAM_CAPTURE_STATUS_INVALIDATED);
+TP_SAME(kStreamSetCaptureDependencies, CU_STREAM_SET_CAPTURE_DEPENDENCIES);
+TP_SAME(kStreamWaitValueAtLeast, CU_STREAM_WAIT_VALUE_GEQ);
+TP_SAME(kStreamWaitValueEqual, CU_STREAM_WAIT_VALUE_EQ);
+TP_SAME(kStreamMemOpWaitValue32, CU_STREAM_MEM_OP_WAIT_VALUE_32);
+TP_SAME(kStreamMemOpWriteValue32, CU_STREAM_MEM_OP_WRITE_VALUE_32);
 TP_SAME(kErrorNotInitialized, CUDA_ERROR_NOT_INITIALIZED);
 TP_SAME(kErrorDeinitialized, CUDA_ERROR_DEINITIALIZED);
 TP_SAME(kErrorNoDevice, CUDA_ERROR_NO_DEVICE);
@@ -59,6 +79,21 @@ static_assert(sizeof(MemAllocationProp) == sizeof(CUmemAllocationProp) &&
               offsetof(MemAllocationProp, win32_handle_meta_data) ==
                   offsetof(CUmemAllocationProp, win32HandleMetaData) &&
               offsetof(MemAllocationProp, alloc_flags) == offsetof(CUmemAllocationProp, allocFlags));
+using TheirMemOp = CUstreamBatchMemOpParams;
+static_assert(sizeof(StreamMemOp) == sizeof(TheirMemOp) &&
+              offsetof(StreamMemOp, operation) == offsetof(TheirMemOp, operation) &&
+              offsetof(StreamMemOp, address) == offsetof(TheirMemOp, waitValue.address) &&
+              offsetof(StreamMemOp, address) == offsetof(TheirMemOp, writeValue.address) &&
+              offsetof(StreamMemOp, value) == offsetof(TheirMemOp, waitValue.value) &&
+              offsetof(StreamMemOp, value) == offsetof(TheirMemOp, writeValue.value) &&
+              offsetof(StreamMemOp, flags) == offsetof(TheirMemOp, waitValue.flags) &&
+              offsetof(StreamMemOp, flags) == offsetof(TheirMemOp, writeValue.flags) &&
+              offsetof(StreamMemOp, alias) == offsetof(TheirMemOp, waitValue.alias));
+static_assert(sizeof(BatchMemOpNodeParams) == sizeof(CUDA_BATCH_MEM_OP_NODE_PARAMS) &&
+              offsetof(BatchMemOpNodeParams, context) == offsetof(CUDA_BATCH_MEM_OP_NODE_PARAMS, ctx) &&
+              offsetof(BatchMemOpNodeParams, count) == offsetof(CUDA_BATCH_MEM_OP_NODE_PARAMS, count) &&
+              offsetof(BatchMemOpNodeParams, operations) == offsetof(CUDA_BATCH_MEM_OP_NODE_PARAMS, paramArray) &&
+              offsetof(BatchMemOpNodeParams, flags) == offsetof(CUDA_BATCH_MEM_OP_NODE_PARAMS, flags));
 
 // Equal to the calling convention: pointers are pointers, integers (enumerations, handles) have equal sizes.
 template <class Ours, class Theirs>
@@ -73,10 +108,27 @@ constexpr bool same_signature(Result (*)(Ours...), CUresult (*)(Theirs...)) {
   else
     return (same_parameter<Ours, Theirs>() && ...);
 }
-// <cuda.h> renames some entry points to their newest version by macros, here too; those that changed after 12.0 are not
-// among ours.
-#define TP_CHECK_SIGNATURE(name, parameters) \
-  static_assert(same_signature(static_cast<Result(*) parameters>(nullptr), static_cast<decltype(&::name)>(nullptr)));
+// <cuda.h> renames entry points to their newest version by macros. Of ours, these changed after the version that
+// kCudaApiVersion asks the driver for, and are compared with that one's type.
+#define TP_TAG(name, parameters) struct name##Tag;
+TP_CUDA_ENTRY_POINTS(TP_TAG)
+#undef TP_TAG
+template <class Tag, class Newest>
+struct TheirSignature {
+  using Type = Newest;
+};
+template <class Newest>
+struct TheirSignature<cuStreamGetCaptureInfoTag, Newest> {
+  using Type = PFN_cuStreamGetCaptureInfo_v11030;
+};
+template <class Newest>
+struct TheirSignature<cuStreamUpdateCaptureDependenciesTag, Newest> {
+  using Type = PFN_cuStreamUpdateCaptureDependencies_v11030;
+};
+
+#define TP_CHECK_SIGNATURE(name, parameters)                               \
+  static_assert(same_signature(static_cast<Result(*) parameters>(nullptr), \
+                               static_cast<TheirSignature<name##Tag, decltype(&::name)>::Type>(nullptr)));
 TP_CUDA_ENTRY_POINTS(TP_CHECK_SIGNATURE)
 #undef TP_CHECK_SIGNATURE
 

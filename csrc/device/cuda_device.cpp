@@ -91,4 +91,12 @@ CudaDevice::Current::~Current() {
   if (pushed_) device_.driver_.cuCtxPopCurrent.result(&popped);
 }
 
+CudaDevice::OutsideCapture::OutsideCapture(const CudaDevice& device) noexcept : device_(device) {
+  exchanged_ = device_.driver_.cuThreadExchangeStreamCaptureMode.result(&mode_) == cuda::kSuccess;
+}
+
+CudaDevice::OutsideCapture::~OutsideCapture() {
+  if (exchanged_) device_.driver_.cuThreadExchangeStreamCaptureMode.result(&mode_);
+}
+
 }  // namespace tp

@@ -57,6 +57,20 @@ class CudaDevice {
     const CudaDevice& device_;
     bool pushed_ = false;
   };
+  // What the calling thread asks of the driver while this lives is no part of a CUDA graph that it or another thread
+  // captures, and does not spoil the capture as long as it asks nothing of a captured stream. Throws nothing.
+  class OutsideCapture {
+   public:
+    explicit OutsideCapture(const CudaDevice& device) noexcept;
+    ~OutsideCapture();
+    OutsideCapture(const OutsideCapture&) = delete;
+    OutsideCapture& operator=(const OutsideCapture&) = delete;
+
+   private:
+    const CudaDevice& device_;
+    int mode_ = cuda::kStreamCaptureModeRelaxed;  // what it is exchanged for
+    bool exchanged_ = false;
+  };
 
  private:
   void read_facts();

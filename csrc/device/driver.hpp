@@ -79,9 +79,13 @@ class CudaDriver {
   using Event = cuda::Event;
   using Module = cuda::Module;
   using Function = cuda::Function;
+  using Graph = cuda::Graph;
+  using GraphNode = cuda::GraphNode;
+  using GraphExec = cuda::GraphExec;
   using HostFunction = cuda::HostFunction;
   using MemAllocationProp = cuda::MemAllocationProp;
   using MemAccessDesc = cuda::MemAccessDesc;
+  using BatchMemOpNodeParams = cuda::BatchMemOpNodeParams;
 #define TP_CUDA_MEMBER(name, parameters) CudaEntryPoint<cuda::Result parameters> name{#name};
   TP_CUDA_ENTRY_POINTS(TP_CUDA_MEMBER)
 #undef TP_CUDA_MEMBER

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Points in the work of streams, numbered 1, 2, 3, ... A point is *reached* when the device has done everything that
-// its stream held when it was recorded. reached() counts the points before which all are: with several streams a later
-// point may be there already while an earlier one is not, and is then not counted yet.
+// its stream held when it was recorded, or, of a mark, when the mark is set. reached() counts the points before which
+// all are: with several streams a later point may be there already while an earlier one is not, and is then not counted
+// yet.
 //
 // Threads: any; one lock, held for a driver call that does not wait. Blocking: never: wait() makes the stream wait, not
 // the caller. Errors: Error(device). The stream's context is current for the calling thread.
@@ -27,7 +28,10 @@ class EventTimeline {
 
   // A point behind all that the stream holds now; its number.
   std::uint64_t record(cuda::Stream stream);
-  // What the stream gets from now on starts after that point. Nothing for points that are reached.
+  // A point that is reached when the device has written something else than 0 there. The mark stays until then, and is
+  // cleared by its owner afterwards.
+  std::uint64_t record_mark(const std::uint32_t* mark);
+  // What the stream gets from now on starts after that point, which is no mark. Nothing for points that are reached.
   void wait(cuda::Stream stream, std::uint64_t point);
   std::uint64_t reached() const noexcept { return reached_.load(std::memory_order_acquire); }
   std::uint64_t recorded() const noexcept { return recorded_.load(std::memory_order_acquire); }
@@ -37,10 +41,18 @@ class EventTimeline {
   void all_reached();
 
  private:
+  struct Point {
+    cuda::Event event = nullptr;
+    const std::uint32_t* mark = nullptr;  // instead
+  };
+  void collect(const Point& point);
+  void throw_if_lost();
+
   std::shared_ptr<const CudaDevice> device_;
   std::mutex mutex_;
-  std::deque<cuda::Event> pending_;  // of the points after reached_, in order
+  std::deque<Point> pending_;  // the points after reached_, in order
   std::vector<cuda::Event> unused_;
+  cuda::Event never_recorded_ = nullptr;  // to ask for the context's error by, while a mark is waited for
   std::atomic<std::uint64_t> recorded_{0};
   std::atomic<std::uint64_t> reached_{0};
 };

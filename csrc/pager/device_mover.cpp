@@ -607,7 +607,11 @@ void DeviceMover::writeback_failed(PageId page, FrameId, const Error& error) {
 void DeviceMover::wait_for_device() {
   if (lost_ || !device_behind()) return;
   try {
-    tier_.device.driver().cuCtxSynchronize();
+    poll_device();  // what is through needs no wait for all streams, which would spoil a capture on any of them
+    if (!device_behind()) return;
+    const cuda::Result result = tier_.device.driver().cuCtxSynchronize.result();
+    if (result == cuda::kErrorStreamCaptureUnsupported) return;  // some stream is captured: it is polled for instead
+    if (result != cuda::kSuccess) throw tier_.device.driver().error("cuCtxSynchronize", result);
   } catch (const Error&) {
     lost_ = true;
     throw;

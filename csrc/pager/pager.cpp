@@ -8,6 +8,7 @@
 #include <exception>
 #include <limits>
 #include <string>
+#include <tuple>
 
 #include "base/check.hpp"
 #include "device/cufile.hpp"
@@ -25,12 +26,19 @@ namespace {
 
 constexpr std::size_t kDemandTransfers = 4;  // beside the prefetches in flight
 constexpr std::size_t kDevicePageBytesMax = 32 * kMiB;
-constexpr std::size_t kHostFramesWanted = 16;  // nor the host's budget fewer than so many
-// Of releases: a call to the driver for each is enough, and no list of events grows without end.
-constexpr std::uint64_t kReleasesUncollectedMax = 256;
+constexpr std::size_t kHostFramesWanted = 16;    // nor the host's budget fewer than so many
 constexpr std::size_t kDeviceFramesWanted = 64;  // a page is no larger than leaves the budget so many
 // What a direct read of a page takes in beyond its two ends.
 constexpr std::size_t kHostSlackBytes = kDirectAlignFallbackBytes;
+
+// Nobody may wait for a device while a graph is captured: what may be in use then stays until the process ends.
+template <class Things>
+void keep_for_ever(Things things) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<std::unique_ptr<Things>>;
+  const std::lock_guard lock(mutex);
+  kept->push_back(std::make_unique<Things>(std::move(things)));
+}
 
 void check_pagefile(const PagerOptions& options) {
   if (options.pagefile == nullptr) return;
@@ -146,6 +154,7 @@ void Pager::make_device_tiers(const PagerOptions& options) {
   copies_ = std::make_unique<CopyQueue>(device_);
   releases_ = std::make_unique<EventTimeline>(device_);
   residency_ = std::make_unique<Residency>(*space_, frame_count_, options.event_capacity, 2);
+  streams_ = std::make_unique<StreamOrder>(device_, *copies_, *releases_, *residency_);
   MoverOptions for_mover = mover_options(options, page_bytes_, pool_->frame_bytes(), pool_->frame_count());
   choose_transport(wanted, for_mover);
   // Staging: what reads ahead of the copies, and what is being copied.
@@ -193,6 +202,7 @@ Pager::~Pager() {
 void Pager::abandon_device() noexcept {
   if (device_ == nullptr) return;
   static_cast<void>(executor_.release());  // its mover would unregister host memory
+  static_cast<void>(streams_.release());
   static_cast<void>(kernels_.release());
   static_cast<void>(releases_.release());
   static_cast<void>(copies_.release());
@@ -345,59 +355,17 @@ SetId Pager::add_set(const std::vector<AddressRange>& ranges, const std::string&
 
 const PageSet& Pager::set(SetId id) const { return residency_->set(id); }
 
-void Pager::refuse_capture(cuda::Stream stream) const {
-  if (device_ == nullptr) return;
-  const CudaDevice::Current current(*device_);
-  int status = 0;
-  const cuda::Result result = device_->driver().cuStreamIsCapturing.result(stream, &status);
-  if (result == cuda::kErrorStreamCaptureImplicit || (result == cuda::kSuccess && status != 0)) {
-    throw Error(ErrorKind::device,
-                "paged tensors are used while a CUDA graph is captured: a graph would keep the frames' addresses of "
-                "now and nobody would bring the pages in when it is replayed. Capture a model that is not paged, or "
-                "run this one without a graph",
-                result);
-  }
-}
-
-void Pager::make_stream_wait(cuda::Stream stream, std::uint64_t copy_point) {
-  if (copy_point <= copies_->arrivals().reached()) return;
-  const CudaDevice::Current current(*device_);
-  copies_->arrivals().wait(stream, copy_point);
-}
-
-// The point of the releases after which the frames may be taken; 0, that is now, on the host, and on a device that is
-// lost: nothing there will read them, and whoever acquires next gets the error. Throws when it can't be told: then
-// nothing has been released.
-std::uint64_t Pager::release_point(cuda::Stream stream) {
-  if (device_ == nullptr) return 0;
-  const CudaDevice::Current current(*device_);
-  try {
-    const std::uint64_t point = releases_->record(stream);
-    // The executor sleeps while all is resident; the events that are reached are its to collect.
-    if ((point - releases_->reached()) % kReleasesUncollectedMax == 0) residency_->wake();
-    return point;
-  } catch (const Error& error) {
-    if (context_is_lost(error.error_number())) {
-      residency_->device_lost(error);
-      return 0;
-    }
-    // No event could be had: wait for the stream instead.
-    device_->driver().cuStreamSynchronize(stream);
-    return 0;
-  }
-}
-
 void Pager::acquire(SetId id, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
-  refuse_capture(stream);
+  if (streams_ != nullptr) streams_->refuse_capture(stream);
   if (!recorder_.off()) {
     recorder_.acquired(id);
     if (recorder_.dry()) return;
   }
   const std::uint64_t copy_point = residency_->acquire(id, AcquireKind::step, interrupted);
-  if (device_ == nullptr) return;
+  if (streams_ == nullptr) return;
   try {
-    make_stream_wait(stream, copy_point);
+    streams_->wait_for_copies(stream, copy_point);
   } catch (...) {
     residency_->release(id);
     throw;
@@ -410,14 +378,36 @@ void Pager::release(SetId id, cuda::Stream stream) {
     if (recorder_.dry()) return;
   }
   if (fork_generation() != fork_generation_) return;  // an acquire of the parent's, nothing to give back here
-  residency_->release(id, closed_.load(std::memory_order_relaxed) ? 0 : release_point(stream));
+  if (streams_ == nullptr || closed_.load(std::memory_order_relaxed)) return residency_->release(id);
+  streams_->release(id, stream);
 }
 
 void Pager::synchronize(cuda::Stream stream) {
   throw_if_unusable();
-  if (device_ == nullptr) return;
+  if (streams_ == nullptr) return;
+  streams_->refuse_capture(stream);
   const CudaDevice::Current current(*device_);
   device_->driver().cuStreamSynchronize(stream);
+}
+
+GateFacts Pager::probe_gates(cuda::Stream stream) {
+  throw_if_unusable();
+  if (streams_ == nullptr) return {false, "the host has no CUDA graphs"};
+  streams_->refuse_capture(stream);
+  const std::lock_guard lock(gated_graph_mutex_);
+  return tp::probe_gates(device_, stream, {copies_->stream_to_device(), copies_->stream_to_host()},
+                         device_pool_->handle(FrameId{0}), page_bytes_);
+}
+
+std::unique_ptr<GatedGraph> Pager::make_gated_graph(cuda::Stream stream, std::size_t steps_max,
+                                                    std::chrono::milliseconds stuck_after) {
+  const GateFacts facts = probe_gates(stream);
+  if (!facts.usable) {
+    throw Error(ErrorKind::engine,
+                "a CUDA graph can't wait for pages on this stream: " + facts.reason + ". Capture in pieces instead");
+  }
+  return std::make_unique<GatedGraph>(GatedGraphParts{device_, *copies_, *releases_, *residency_, gated_graph_mutex_},
+                                      stream, steps_max, stuck_after);
 }
 
 void Pager::mark_written(SetId id) {
@@ -453,7 +443,7 @@ void Pager::note_modified(AddressRange range) {
 
 std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupted& interrupted, cuda::Stream stream) {
   throw_if_unusable();
-  refuse_capture(stream);
+  if (streams_ != nullptr) streams_->refuse_capture(stream);
   SetId id;
   std::size_t page_count = 0;
   {
@@ -481,9 +471,9 @@ std::optional<SetId> Pager::hold(AddressRange range, const Residency::Interrupte
   }
   if (device_ == nullptr && !residency_->try_fit(page_count)) return std::nullopt;
   const std::uint64_t copy_point = residency_->acquire(id, AcquireKind::stray, interrupted);
-  if (device_ == nullptr) return id;
+  if (streams_ == nullptr) return id;
   try {
-    make_stream_wait(stream, copy_point);
+    streams_->wait_for_copies(stream, copy_point);
   } catch (...) {
     residency_->release(id);
     throw;
@@ -535,13 +525,15 @@ std::unique_ptr<Ticket> Pager::prefetch(SetId id) {
 }
 
 void Pager::wait(Ticket& ticket, const Residency::Interrupted& interrupted, cuda::Stream stream) {
+  if (streams_ != nullptr) streams_->refuse_capture(stream);
   const std::uint64_t copy_point = ticket.wait(interrupted);
-  if (device_ != nullptr) make_stream_wait(stream, copy_point);
+  if (streams_ != nullptr) streams_->wait_for_copies(stream, copy_point);
 }
 
 void Pager::release(Ticket& ticket, cuda::Stream stream) {
   if (fork_generation() != fork_generation_) return;
-  ticket.release(closed_.load(std::memory_order_relaxed) ? 0 : release_point(stream));
+  if (streams_ == nullptr || closed_.load(std::memory_order_relaxed)) return ticket.release();
+  streams_->release(ticket, stream);
 }
 
 void Pager::begin_pass() {
@@ -648,9 +640,16 @@ void Pager::close_device() noexcept {
   host_bytes_in_use_max_at_close_ = pool_->bytes_in_use_max();
   // After a lost context every call fails, and what it would free is gone with the context: no result is looked at.
   const CudaDevice::Current current(*device_);
+  const CudaDevice::OutsideCapture outside(*device_);
   // Once, for what was acquired and never released, and for what is in flight after a failing call: nothing may run on
   // memory that is taken away now. Fails at once when the context is lost, and then nothing runs.
-  device_->driver().cuCtxSynchronize.result();
+  const bool must_wait = residency_->pinned_pages() > 0 || residency_->is_poisoned();
+  const cuda::Result waited = must_wait ? device_->driver().cuCtxSynchronize.result() : cuda::kSuccess;
+  streams_->forget();
+  if (waited == cuda::kErrorStreamCaptureUnsupported) {
+    keep_for_ever(std::tuple(space_, std::move(executor_), std::move(device_pool_), std::move(pool_)));
+    return;
+  }
   device_space_->discard();
   executor_.reset();
   device_pool_.reset();

@@ -30,10 +30,12 @@
 #include "mem/frame_pool.hpp"
 #include "mem/host_address_space.hpp"
 #include "pager/executor.hpp"
+#include "pager/gated_graph.hpp"
 #include "pager/pagefile_store.hpp"
 #include "pager/quantised_file.hpp"
 #include "pager/recorder.hpp"
 #include "pager/residency.hpp"
+#include "pager/stream_order.hpp"
 #include "pager/ticket.hpp"
 
 namespace tp {
@@ -160,6 +162,10 @@ class Pager {
   bool device_memory_is_host_memory() const noexcept { return device_memory_is_host_memory_; }
   // Waits until the stream has done all it holds. Nothing on the host.
   void synchronize(cuda::Stream stream);
+  // Whether a graph in this stream may wait for pages (gate_probe.hpp), and such a graph: Error(engine) when not.
+  GateFacts probe_gates(cuda::Stream stream);
+  std::unique_ptr<GatedGraph> make_gated_graph(cuda::Stream stream, std::size_t steps_max,
+                                               std::chrono::milliseconds stuck_after = kStuckAfter);
   std::uint64_t host_budget_bytes() const noexcept { return host_budget_bytes_; }  // of the tier beneath a device
   std::uint64_t host_bytes_in_use_max() const;
   std::uint64_t bytes_to_device() const noexcept { return copies_ ? copies_->bytes_to_device() : 0; }
@@ -171,11 +177,8 @@ class Pager {
   void make_host_tier(const PagerOptions& options);
   void load_kernels();
   void make_device_tiers(const PagerOptions& options);
-  void make_stream_wait(cuda::Stream stream, std::uint64_t copy_point);
-  std::uint64_t release_point(cuda::Stream stream);
   void abandon_device() noexcept;
   void choose_transport(const DeviceOptions& wanted, MoverOptions& options);
-  void refuse_capture(cuda::Stream stream) const;
   void close_device() noexcept;
   void throw_if_unusable() const;
   std::vector<PageId> pages_of(const std::vector<AddressRange>& ranges) const;
@@ -203,6 +206,7 @@ class Pager {
   std::unique_ptr<Kernels> kernels_;  // changes once, under the residency's lock, with the first quantised pages
   std::string quantised_reason_;      // likewise
   std::unique_ptr<Residency> residency_;
+  std::unique_ptr<StreamOrder> streams_;  // of a device
   std::unique_ptr<Executor> executor_;
   void flush_modified(const Residency::Interrupted& interrupted);
   void decide_commit(void (PagefileStore::*decide)());
@@ -210,6 +214,7 @@ class Pager {
   std::shared_ptr<PagefileStore> pagefile_;
   std::function<std::unique_ptr<IoQueue>()> make_queue_;  // for flushes
   std::mutex commit_mutex_;                               // before close_mutex_: close() waits for a commit
+  std::mutex gated_graph_mutex_;                          // while one is replayed
   IoQueueFacts io_facts_;
   IoQueueCounters all_io_counters() const;  // with close_mutex_ held
   IoQueueCounters io_counters_at_close_, io_counters_at_reset_, io_counters_of_flushes_;

@@ -496,6 +496,11 @@ std::size_t Residency::pinned_pages() const {
   return pinned_pages_;
 }
 
+bool Residency::is_poisoned() const {
+  const std::lock_guard lock(mutex);
+  return poison.has_value();
+}
+
 TapeCounters Residency::tape_counters() const {
   const std::lock_guard lock(mutex);
   if (!tape) return {};

@@ -151,6 +151,7 @@ class Residency {
   void reset_statistics();
   std::vector<std::uint8_t> page_states() const;
   std::size_t pinned_pages() const;
+  bool is_poisoned() const;
   std::size_t pinnable_pages() const noexcept { return frame_count_ - fault_frames_; }
   TapeCounters tape_counters() const;  // zeros while no schedule is known
 

@@ -17,6 +17,7 @@ class Ticket {
   Ticket(const Ticket&) = delete;
   Ticket& operator=(const Ticket&) = delete;
 
+  SetId set() const noexcept { return set_; }
   bool done() const noexcept { return waiter_.outcome.load(std::memory_order_acquire) != 0; }
   // As Residency::acquire: the point of the copies, on a device.
   std::uint64_t wait(const Residency::Interrupted& interrupted) {

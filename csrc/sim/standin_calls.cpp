@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The stand-in driver's entry points. What they all do first is in StandinWorld::begin().
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <string_view>
@@ -17,10 +16,6 @@ using cuda::DevicePtr;
 using cuda::Result;
 
 constexpr const char* kDeviceName = "tensorpager stand-in";
-constexpr unsigned kWaitFlagsMask = 7;
-constexpr unsigned kWaitAtLeast = 0;
-constexpr unsigned kWaitEqual = 1;
-constexpr std::uint64_t kValueBytes = 4;
 
 struct ErrorText {
   Result result;
@@ -41,6 +36,7 @@ constexpr ErrorText kErrorTexts[] = {
     {206, "CUDA_ERROR_UNMAP_FAILED", "unmapping of buffer object failed"},
     {214, "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error encountered"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {401, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"},
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
@@ -50,6 +46,15 @@ constexpr ErrorText kErrorTexts[] = {
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {800, "CUDA_ERROR_NOT_PERMITTED", "operation not permitted"},
     {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
+    {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
+    {902, "CUDA_ERROR_STREAM_CAPTURE_MERGE", "operation would result in a merge of separate capture sequences"},
+    {903, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream as it began"},
+    {904, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work"},
+    {905, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION", "dependency created on uncaptured work in another stream"},
+    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "operation would make the legacy stream depend on a capturing stream"},
+    {907, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
+    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", "capture was not ended by the thread that began it"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
@@ -68,47 +73,6 @@ Result copy_text(char* text, int size_bytes, const char* from) {
 cuda::Context context_of(int device) { return reinterpret_cast<cuda::Context>(std::uintptr_t{0x100} + device); }
 
 int device_of(cuda::Context context) { return static_cast<int>(reinterpret_cast<std::uintptr_t>(context) - 0x100); }
-
-std::uint32_t load(std::byte* memory) {
-  return std::atomic_ref(*reinterpret_cast<std::uint32_t*>(memory)).load(std::memory_order_acquire);
-}
-
-void store(std::byte* memory, std::uint32_t value) {
-  std::atomic_ref(*reinterpret_cast<std::uint32_t*>(memory)).store(value, std::memory_order_release);
-}
-
-bool value_holds(std::uint32_t now, std::uint32_t wanted, unsigned how) {
-  return how == kWaitEqual ? now == wanted : static_cast<std::int32_t>(now - wanted) >= 0;
-}
-
-class Launch final : public StandinLaunch {
- public:
-  bool read(DevicePtr address, void* destination, std::size_t size_bytes) override {
-    auto* to = static_cast<std::byte*>(destination);
-    const bool is_mapped = touch(
-        address, size_bytes, false,
-        [&](std::byte* memory, std::size_t offset, std::size_t size) { streams->move(to + offset, memory, size); });
-    if (!is_mapped) std::memset(to, static_cast<int>(StandinDriver::kPoison), size_bytes);
-    return is_mapped;
-  }
-  bool write(DevicePtr address, const void* source, std::size_t size_bytes) override {
-    const auto* from = static_cast<const std::byte*>(source);
-    return touch(address, size_bytes, true, [&](std::byte* memory, std::size_t offset, std::size_t size) {
-      streams->move(memory, from + offset, size);
-    });
-  }
-
-  StandinStreams* streams = nullptr;
-  StandinOperation* operation = nullptr;  // null before it runs
-  bool has_faulted = false;
-
- private:
-  bool touch(DevicePtr address, std::size_t size_bytes, bool writes, const StandinStreams::Touch& each) {
-    if (operation == nullptr || has_faulted) return false;
-    has_faulted = !streams->touch(*operation, address, size_bytes, writes, each);
-    return !has_faulted;
-  }
-};
 
 }  // namespace
 
@@ -285,8 +249,9 @@ Result StandinWorld::cuMemRelease(cuda::AllocationHandle handle) {
 // The offset is there for later versions of CUDA: "must be zero".
 Result StandinWorld::cuMemMap(DevicePtr address, std::size_t size_bytes, std::size_t offset_bytes,
                               cuda::AllocationHandle handle, unsigned long long flags) {
-  const Lock lock(mutex_);
+  Lock lock(mutex_);
   if (offset_bytes != 0 || flags != 0) return cuda::kErrorInvalidValue;
+  wait_before_mapping(lock);
   return memory_->map(address, size_bytes, handle);
 }
 
@@ -295,8 +260,13 @@ void StandinWorld::warn_of_use_locked(const char* call, DevicePtr address, std::
     streams_->violation_locked(std::string(call) + " of a range that a running operation uses");
 }
 
+void StandinWorld::wait_before_mapping(Lock& lock) {
+  if (options_.mapping_waits) streams_->wait(lock, streams_->all_pending_locked());
+}
+
 Result StandinWorld::cuMemUnmap(DevicePtr address, std::size_t size_bytes) {
-  const Lock lock(mutex_);
+  Lock lock(mutex_);
+  wait_before_mapping(lock);
   warn_of_use_locked("cuMemUnmap", address, size_bytes);
   return memory_->unmap(address, size_bytes);
 }
@@ -359,7 +329,7 @@ Result StandinWorld::copy_to_host_or_device(const char* call, StandinEngine engi
   operation->engine = engine;
   operation->size_bytes = size_bytes;
   const bool to_device = engine == StandinEngine::host_to_device;
-  operation->body = [=, this](StandinOperation& self) -> Result {
+  operation->body = [=, this](StandinOperation& self, StandinStream& on) -> Result {
     StandinStreams& streams = *streams_;
     if (kind == StandinHostMemory::registered) {
       const Lock again(mutex_);
@@ -378,10 +348,9 @@ Result StandinWorld::copy_to_host_or_device(const char* call, StandinEngine engi
                              streams.move(to_device ? memory : host, to_device ? host : memory, bytes);
                            });
     };
-    return streams.in_pieces(*stream, self, size_bytes, piece) ? cuda::kSuccess : cuda::kErrorIllegalAddress;
+    return streams.in_pieces(on, self, size_bytes, piece) ? cuda::kSuccess : cuda::kErrorIllegalAddress;
   };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
+  return submit_locked(stream, operation);
 }
 
 Result StandinWorld::cuMemcpyHtoDAsync(DevicePtr destination, const void* source, std::size_t size_bytes,
@@ -405,7 +374,7 @@ Result StandinWorld::cuMemcpyDtoDAsync(DevicePtr destination, DevicePtr source, 
   const StandinOperationPointer operation = operation_locked("cuMemcpyDtoDAsync");
   operation->engine = StandinEngine::device;
   operation->size_bytes = size_bytes;
-  operation->body = [=, this](StandinOperation& self) -> Result {
+  operation->body = [=, this](StandinOperation& self, StandinStream& on) -> Result {
     StandinStreams& streams = *streams_;
     const auto piece = [&](std::size_t begin, std::size_t size) {
       bool is_mapped = true;
@@ -417,10 +386,9 @@ Result StandinWorld::cuMemcpyDtoDAsync(DevicePtr destination, DevicePtr source, 
       };
       return streams.touch(self, source + begin, size, false, from) && is_mapped;
     };
-    return streams.in_pieces(*stream, self, size_bytes, piece) ? cuda::kSuccess : cuda::kErrorIllegalAddress;
+    return streams.in_pieces(on, self, size_bytes, piece) ? cuda::kSuccess : cuda::kErrorIllegalAddress;
   };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
+  return submit_locked(stream, operation);
 }
 
 Result StandinWorld::cuMemsetD8Async(DevicePtr destination, unsigned char value, std::size_t size_bytes,
@@ -431,267 +399,15 @@ Result StandinWorld::cuMemsetD8Async(DevicePtr destination, unsigned char value,
   const StandinOperationPointer operation = operation_locked("cuMemsetD8Async");
   operation->engine = StandinEngine::device;
   operation->size_bytes = size_bytes;
-  operation->body = [=, this](StandinOperation& self) -> Result {
+  operation->body = [=, this](StandinOperation& self, StandinStream& on) -> Result {
     const auto piece = [&](std::size_t begin, std::size_t size) {
       return streams_->touch(
           self, destination + begin, size, true,
           [&](std::byte* memory, std::size_t, std::size_t bytes) { streams_->fill(memory, std::byte{value}, bytes); });
     };
-    return streams_->in_pieces(*stream, self, size_bytes, piece) ? cuda::kSuccess : cuda::kErrorIllegalAddress;
+    return streams_->in_pieces(on, self, size_bytes, piece) ? cuda::kSuccess : cuda::kErrorIllegalAddress;
   };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuStreamCreateWithPriority(cuda::Stream* stream, unsigned flags, int) {
-  const Lock lock(mutex_);
-  if ((flags & ~cuda::kStreamNonBlocking) != 0) return cuda::kErrorInvalidValue;
-  *stream = streams_->create_locked(flags);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuStreamDestroy(cuda::Stream stream) {
-  const Lock lock(mutex_);
-  return streams_->destroy_locked(stream) ? cuda::kSuccess : cuda::kErrorInvalidHandle;
-}
-
-Result StandinWorld::cuStreamQuery(cuda::Stream handle) {
-  const Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  if (stream == nullptr) return cuda::kErrorInvalidHandle;
-  for (const StandinOperationPointer& operation : streams_->pending_locked(stream)) {
-    if (!timeline_->query(*operation)) return cuda::kErrorNotReady;
-  }
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuStreamSynchronize(cuda::Stream handle) {
-  Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  if (stream == nullptr) return cuda::kErrorInvalidHandle;
-  return streams_->wait(lock, streams_->pending_locked(stream));
-}
-
-Result StandinWorld::cuCtxSynchronize() {
-  Lock lock(mutex_);
-  return streams_->wait(lock, streams_->all_pending_locked());
-}
-
-Result StandinWorld::cuStreamWaitEvent(cuda::Stream handle, cuda::Event event, unsigned flags) {
-  const Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  const auto found = events_.find(event);
-  if (stream == nullptr || found == events_.end()) return cuda::kErrorInvalidHandle;
-  if (flags != 0) return cuda::kErrorInvalidValue;
-  const StandinOperationPointer operation = operation_locked("cuStreamWaitEvent");
-  if (found->second.record != nullptr) operation->after.push_back(found->second.record);
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuStreamWaitValue32(cuda::Stream handle, DevicePtr address, std::uint32_t value, unsigned flags) {
-  const Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  if (stream == nullptr) return cuda::kErrorInvalidHandle;
-  const unsigned how = flags & kWaitFlagsMask;
-  if (address % kValueBytes != 0) return cuda::kErrorInvalidValue;
-  if (how != kWaitAtLeast && how != kWaitEqual) return cuda::kErrorNotSupported;
-  const StandinOperationPointer operation = operation_locked("cuStreamWaitValue32");
-  operation->is_gate = true;
-  operation->body = [=, this](StandinOperation& self) -> Result {
-    bool is_mapped = true;
-    const bool was_met = streams_->wait_for_value([&] {
-      std::vector<StandinPiece> pieces;
-      is_mapped = memory_->find(address, kValueBytes, false, pieces);
-      if (!is_mapped) return true;
-      if (!value_holds(load(pieces.front().memory), value, how)) return false;
-      const auto written = value_written_ns_.find(address);
-      timeline_->opened(self, written != value_written_ns_.end() ? std::optional(written->second) : std::nullopt);
-      return true;
-    });
-    return was_met && !is_mapped ? cuda::kErrorIllegalAddress : cuda::kSuccess;
-  };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuStreamWriteValue32(cuda::Stream handle, DevicePtr address, std::uint32_t value, unsigned flags) {
-  const Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  if (stream == nullptr) return cuda::kErrorInvalidHandle;
-  if (address % kValueBytes != 0 || flags > 1) return cuda::kErrorInvalidValue;
-  const StandinOperationPointer operation = operation_locked("cuStreamWriteValue32");
-  operation->body = [=, this](StandinOperation& self) -> Result {
-    {
-      const Lock again(mutex_);  // before the value is there for a gate to see
-      value_written_ns_[address] = self.end_ns;
-    }
-    const bool is_mapped = streams_->touch(self, address, kValueBytes, true,
-                                           [&](std::byte* memory, std::size_t, std::size_t) { store(memory, value); });
-    return is_mapped ? cuda::kSuccess : cuda::kErrorIllegalAddress;
-  };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuThreadExchangeStreamCaptureMode(int* mode) {
-  if (mode == nullptr || *mode < 0 || *mode > cuda::kStreamCaptureModeRelaxed) return cuda::kErrorInvalidValue;
-  thread_local int current = 0;
-  std::swap(*mode, current);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuStreamIsCapturing(cuda::Stream handle, int* status) {
-  const Lock lock(mutex_);
-  if (streams_->find_locked(handle) == nullptr) return cuda::kErrorInvalidHandle;
-  *status = 0;
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuLaunchHostFunc(cuda::Stream handle, cuda::HostFunction function, void* user_data) {
-  const Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  if (stream == nullptr) return cuda::kErrorInvalidHandle;
-  if (function == nullptr) return cuda::kErrorInvalidValue;
-  const StandinOperationPointer operation = operation_locked("cuLaunchHostFunc");
-  operation->body = [=, this](StandinOperation& self) -> Result {
-    streams_->pause_to_end(self);
-    StandinThread* thread = nullptr;
-    {
-      const Lock again(mutex_);
-      timeline_->observed(self);  // what it tells another thread, the host knows from now on
-      thread = &thread_locked();
-    }
-    thread->is_in_host_function = true;
-    function(user_data);
-    thread->is_in_host_function = false;
-    return cuda::kSuccess;
-  };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuEventCreate(cuda::Event* event, unsigned flags) {
-  const Lock lock(mutex_);
-  *event = new_handle_locked<cuda::Event>();
-  events_[*event] = {flags, nullptr};
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuEventDestroy(cuda::Event event) {
-  const Lock lock(mutex_);
-  return events_.erase(event) != 0 ? cuda::kSuccess : cuda::kErrorInvalidHandle;
-}
-
-Result StandinWorld::cuEventRecord(cuda::Event event, cuda::Stream handle) {
-  const Lock lock(mutex_);
-  const StandinStreamPointer stream = streams_->find_locked(handle);
-  const auto found = events_.find(event);
-  if (stream == nullptr || found == events_.end()) return cuda::kErrorInvalidHandle;
-  const StandinOperationPointer operation = operation_locked("cuEventRecord");
-  operation->body = [this](StandinOperation& self) -> Result {
-    streams_->pause_to_end(self);
-    return cuda::kSuccess;
-  };
-  found->second.record = operation;
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuEventQuery(cuda::Event event) {
-  const Lock lock(mutex_);
-  const auto found = events_.find(event);
-  if (found == events_.end()) return cuda::kErrorInvalidHandle;
-  const StandinOperationPointer& record = found->second.record;
-  return record == nullptr || timeline_->query(*record) ? cuda::kSuccess : cuda::kErrorNotReady;
-}
-
-Result StandinWorld::cuEventSynchronize(cuda::Event event) {
-  Lock lock(mutex_);
-  const auto found = events_.find(event);
-  if (found == events_.end()) return cuda::kErrorInvalidHandle;
-  const StandinOperationPointer record = found->second.record;
-  return record == nullptr ? cuda::kSuccess : streams_->wait(lock, {record});
-}
-
-Result StandinWorld::cuEventElapsedTime(float* milliseconds, cuda::Event begin, cuda::Event end) {
-  const Lock lock(mutex_);
-  for (const cuda::Event event : {begin, end}) {
-    const auto found = events_.find(event);
-    if (found == events_.end() || found->second.record == nullptr ||
-        (found->second.flags & cuda::kEventDisableTiming) != 0)
-      return cuda::kErrorInvalidHandle;
-  }
-  const StandinOperation& first = *events_[begin].record;
-  const StandinOperation& last = *events_[end].record;
-  if (!first.is_done || !last.is_done) return cuda::kErrorNotReady;
-  *milliseconds = static_cast<float>((static_cast<double>(last.end_ns) - static_cast<double>(first.end_ns)) / 1e6);
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuModuleLoadData(cuda::Module* module, const void* image) {
-  const Lock lock(mutex_);
-  if (image == nullptr) return cuda::kErrorInvalidValue;
-  // As a string, so that a shorter image of another kind is not read beyond its end.
-  if (std::strncmp(static_cast<const char*>(image), kStandinImage, sizeof kStandinImage) != 0)
-    return cuda::kErrorInvalidImage;
-  *module = new_handle_locked<cuda::Module>();
-  modules_[*module] = true;
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuModuleUnload(cuda::Module module) {
-  const Lock lock(mutex_);
-  if (modules_.erase(module) == 0) return cuda::kErrorInvalidHandle;
-  std::erase_if(functions_, [=](const auto& each) { return each.second.module == module; });
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuModuleGetFunction(cuda::Function* function, cuda::Module module, const char* name) {
-  const Lock lock(mutex_);
-  if (!modules_.contains(module)) return cuda::kErrorInvalidHandle;
-  if (name == nullptr || !kernels_.contains(name)) return cuda::kErrorNotFound;
-  *function = new_handle_locked<cuda::Function>();
-  functions_[*function] = {module, name};
-  return cuda::kSuccess;
-}
-
-Result StandinWorld::cuLaunchKernel(cuda::Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                                    unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
-                                    cuda::Stream handle, void** parameters, void** extra) {
-  Lock lock(mutex_);
-  const auto found = functions_.find(function);
-  StandinStreamPointer stream = streams_->find_locked(handle);
-  if (found == functions_.end() || stream == nullptr) return cuda::kErrorInvalidHandle;
-  const std::shared_ptr<const StandinKernel> kernel = kernels_.at(found->second.kernel);
-  if (extra != nullptr || (parameters == nullptr && !kernel->parameter_bytes.empty())) return cuda::kErrorInvalidValue;
-  if (std::uint64_t{grid_x} * grid_y * grid_z == 0 || std::uint64_t{block_x} * block_y * block_z == 0)
-    return cuda::kErrorInvalidValue;
-  const auto launch = std::make_shared<Launch>();
-  launch->grid_x = grid_x, launch->grid_y = grid_y, launch->grid_z = grid_z;
-  launch->block_x = block_x, launch->block_y = block_y, launch->block_z = block_z;
-  launch->shared_bytes = shared_bytes;
-  for (std::size_t at = 0; at < kernel->parameter_bytes.size(); ++at) {
-    const auto* begin = static_cast<const std::byte*>(parameters[at]);
-    launch->parameters.emplace_back(begin, begin + kernel->parameter_bytes[at]);
-  }
-  lock.unlock();  // the callback is the test's
-  const std::uint64_t duration_ns = kernel->duration_ns ? kernel->duration_ns(*launch) : 0;
-  lock.lock();
-  const StandinOperationPointer operation = operation_locked("cuLaunchKernel");
-  operation->engine = StandinEngine::kernel;
-  operation->duration_ns = duration_ns;
-  operation->body = [=, this](StandinOperation& self) -> Result {
-    launch->streams = streams_.get();
-    launch->operation = &self;
-    const bool ran = streams_->in_pieces(*stream, self, 1, [&](std::size_t, std::size_t) {
-      kernel->run(*launch);
-      return !launch->has_faulted;
-    });
-    return ran ? cuda::kSuccess : cuda::kErrorIllegalAddress;
-  };
-  streams_->enqueue_locked(stream, operation);
-  return cuda::kSuccess;
+  return submit_locked(stream, operation);
 }
 
 }  // namespace tp

@@ -35,9 +35,17 @@ constexpr std::array<std::string_view, 15> kNeedsNoContext = {
     "cuCtxPopCurrent",
     "cuMemGetAllocationGranularity",
 };
-constexpr std::array<std::string_view, 10> kAsksForOperation = {
-    "cuMemcpyHtoDAsync",   "cuMemcpyDtoHAsync",    "cuMemcpyDtoDAsync", "cuMemsetD8Async", "cuStreamWaitEvent",
-    "cuStreamWaitValue32", "cuStreamWriteValue32", "cuLaunchHostFunc",  "cuEventRecord",   "cuLaunchKernel",
+constexpr std::array<std::string_view, 11> kAsksForOperation = {
+    "cuMemcpyHtoDAsync",    "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync",   "cuMemsetD8Async",
+    "cuStreamWaitEvent",    "cuLaunchHostFunc",  "cuEventRecord",       "cuLaunchKernel",
+    "cuStreamWriteValue32", "cuGraphLaunch",     "cuStreamWaitValue32",
+};
+// CUDA names no list of what it calls "potentially unsafe" during a capture; whatever may wait or take memory is here.
+constexpr std::array<std::string_view, 18> kUnsafeInCapture = {
+    "cuMemAlloc",       "cuMemFree",           "cuMemCreate",       "cuMemRelease",        "cuMemMap",
+    "cuMemUnmap",       "cuMemSetAccess",      "cuMemHostRegister", "cuMemHostUnregister", "cuMemAddressReserve",
+    "cuMemAddressFree", "cuModuleLoadData",    "cuModuleUnload",    "cuEventQuery",        "cuEventSynchronize",
+    "cuStreamQuery",    "cuStreamSynchronize", "cuCtxSynchronize",
 };
 
 template <std::size_t Count>
@@ -92,6 +100,7 @@ StandinLeaks StandinWorld::reset(const StandinOptions& options) {
   ++generation_;
   timeline_.reset();
   memory_.reset();
+  graphs_.clear();
   events_.clear();
   modules_.clear();
   functions_.clear();
@@ -121,6 +130,7 @@ StandinLeaks StandinWorld::alive_locked() const {
   leaks.streams = streams_->count_locked();
   leaks.events = events_.size();
   leaks.modules = modules_.size();
+  leaks.graphs = graphs_.count();
   leaks.contexts = std::accumulate(contexts_.begin(), contexts_.end(), std::size_t{0});
   leaks.operations = streams_->unfinished_locked();
   return leaks;
@@ -196,6 +206,21 @@ std::vector<std::string> StandinWorld::violations() const {
   return streams_->violations_locked();
 }
 
+std::vector<std::string> StandinWorld::behind_waiters() const {
+  const std::lock_guard lock(mutex_);
+  return streams_->behind_waiters_locked();
+}
+
+std::vector<std::string> StandinWorld::blocked() const {
+  const std::lock_guard lock(mutex_);
+  return streams_->blocked_locked();
+}
+
+bool StandinWorld::is_stuck() const {
+  const std::lock_guard lock(mutex_);
+  return streams_->is_stuck_locked();
+}
+
 std::uint64_t StandinWorld::host_now_ns() const {
   const std::lock_guard lock(mutex_);
   return timeline_->host_now_ns();
@@ -225,6 +250,7 @@ StandinThread& StandinWorld::thread_locked() {
   thread_local StandinThread thread;
   if (thread.generation != generation_) {
     thread.contexts.clear();
+    thread.capture_mode = cuda::kStreamCaptureModeGlobal;
     thread.generation = generation_;
   }
   return thread;
@@ -254,6 +280,8 @@ Result StandinWorld::begin(StandinCall call) {
     streams_->violation_locked(std::string(name) + " was called in a context that was released");
     return kErrorContextIsDestroyed;
   }
+  if (is_one_of(kUnsafeInCapture, name) && !graphs_.allows_unsafe_call(thread.capture_mode))
+    return cuda::kErrorStreamCaptureUnsupported;
   return cuda::kSuccess;
 }
 

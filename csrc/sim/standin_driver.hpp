@@ -20,6 +20,12 @@
 // does not wait, a copy from unregistered memory is asynchronous (and counted), unmapping while an operation that
 // touches the range runs is counted as a violation.
 //
+// Channels. A device has a few hardware queues for all streams of a process. With `channels` above 0 the streams share
+// so many in turn: what is asked for of one channel begins in the order of the calls, whichever stream it is of, so an
+// operation that waits holds up all that come behind it. A program whose waits end only by what comes later then hangs,
+// as it may on a device; is_stuck() and blocked() let a test see that, and behind_waiters() tells of each operation
+// that nothing but its channel made wait for the host.
+//
 // Simulated time. Each operation is given a start and an end in nanoseconds, by the rules above and by one engine per
 // direction of copies (host to device, device to host), one for copies and fills within the device, one for kernels.
 // It starts when the host has asked for it, what it waits for has ended and its engine is free; engines take whoever
@@ -73,6 +79,9 @@ struct StandinOptions {
   int driver_version = 13000;
   std::map<int, int> attributes = {};    // in place of what cuDeviceGetAttribute says otherwise
   std::string missing_entry_point = {};  // cuGetProcAddress does not find it
+  std::size_t channels = 0;              // 0: each stream has its own. They don't count in simulated time
+  bool has_value_operations = true;      // else waits for values, and writes of them, are kErrorNotSupported
+  bool mapping_waits = false;            // mapping and unmapping return when all streams are through, as some may
 };
 
 enum class StandinEffect : std::uint8_t {
@@ -95,11 +104,11 @@ inline constexpr std::size_t kStandinEngines = 4;
 // What was left alive. Operations: those that had not finished.
 struct StandinLeaks {
   std::size_t handles = 0, mappings = 0, reservations = 0, allocations = 0, registrations = 0;
-  std::size_t streams = 0, events = 0, modules = 0, contexts = 0, operations = 0;
+  std::size_t streams = 0, events = 0, modules = 0, graphs = 0, contexts = 0, operations = 0;
 
   std::size_t total() const {
-    return handles + mappings + reservations + allocations + registrations + streams + events + modules + contexts +
-           operations;
+    return handles + mappings + reservations + allocations + registrations + streams + events + modules + graphs +
+           contexts + operations;
   }
 };
 
@@ -168,6 +177,12 @@ class TP_STANDIN_EXPORT StandinDriver {
   virtual std::uint64_t operations() const = 0;                 // that have finished
   virtual std::uint64_t unregistered_copies() const = 0;
   virtual std::vector<std::string> violations() const = 0;  // a line each
+  // Operations that were asked for, on a channel, behind one that waits for a value, and don't wait for it themselves.
+  virtual std::vector<std::string> behind_waiters() const = 0;
+  // What the first operation of each stream waits for, a line each; and whether none of them can begin or goes on but
+  // for a value that nothing on the device will write before. Nothing left to do is not stuck.
+  virtual std::vector<std::string> blocked() const = 0;
+  virtual bool is_stuck() const = 0;
 
   virtual std::uint64_t host_now_ns() const = 0;
   virtual std::uint64_t device_end_ns() const = 0;  // the end of the last operation that was asked for

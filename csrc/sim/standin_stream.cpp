@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "base/check.hpp"
@@ -42,19 +43,37 @@ StandinStreams::StandinStreams(const StandinOptions& options, StandinMemory& mem
       memory_(memory),
       timeline_(timeline),
       mutex_(mutex),
-      legacy_(std::make_shared<StandinStream>(0u, options.seed)) {}
+      legacy_(std::make_shared<StandinStream>(0u, 0u, 0u, options.seed)),
+      channels_(options.channels) {}
 
 StandinStreams::~StandinStreams() { stop(); }
 
-cuda::Stream StandinStreams::create_locked(unsigned flags) {
+StandinStreamPointer StandinStreams::make_stream_locked(unsigned flags) {
   join_finished_locked();
   const std::uint64_t number = ++streams_made_;
-  const auto handle = reinterpret_cast<cuda::Stream>(static_cast<std::uintptr_t>(kFirstHandle + number));
   std::seed_seq seed{options_.seed, number};
   std::uint32_t stream_seed = 0;
   seed.generate(&stream_seed, &stream_seed + 1);
-  streams_[handle] = std::make_shared<StandinStream>(flags, stream_seed);
+  const std::size_t channel = channels_.empty() ? 0 : number % channels_.size();
+  return std::make_shared<StandinStream>(number, flags, channel, stream_seed);
+}
+
+cuda::Stream StandinStreams::create_locked(unsigned flags) {
+  const StandinStreamPointer stream = make_stream_locked(flags);
+  const auto handle = reinterpret_cast<cuda::Stream>(static_cast<std::uintptr_t>(kFirstHandle + stream->number));
+  streams_[handle] = stream;
   return handle;
+}
+
+StandinStreamPointer StandinStreams::create_lane_locked() {
+  return lanes_.emplace_back(make_stream_locked(cuda::kStreamNonBlocking));
+}
+
+void StandinStreams::destroy_lane_locked(const StandinStreamPointer& lane) {
+  lane->is_destroyed = true;
+  if (lane->thread.joinable()) destroyed_.push_back(lane);
+  std::erase(lanes_, lane);
+  changed_.notify_all();
 }
 
 bool StandinStreams::destroy_locked(cuda::Stream stream) {
@@ -84,6 +103,8 @@ void StandinStreams::enqueue_locked(const StandinStreamPointer& stream, const St
   for (const StandinOperationPointer& before : pending_locked(stream)) operation->after.push_back(before);
   if (stream != legacy_ && (stream->flags & cuda::kStreamNonBlocking) == 0 && legacy_->last != nullptr)
     operation->after.push_back(legacy_->last);
+  operation->stream = stream.get();
+  enter_channel_locked(*stream, operation);
   stream->last = operation;
   stream->queue.push_back(operation);
   timeline_.asked(operation);
@@ -103,15 +124,91 @@ std::vector<StandinOperationPointer> StandinStreams::pending_locked(const Standi
   return pending;
 }
 
+std::vector<StandinStreamPointer> StandinStreams::all_locked() const {
+  std::vector<StandinStreamPointer> all{legacy_};
+  for (const auto& [handle, stream] : streams_) all.push_back(stream);
+  all.insert(all.end(), lanes_.begin(), lanes_.end());
+  all.insert(all.end(), destroyed_.begin(), destroyed_.end());
+  return all;
+}
+
 std::vector<StandinOperationPointer> StandinStreams::all_pending_locked() const {
   std::vector<StandinOperationPointer> pending;
-  const auto add = [&](const StandinStreamPointer& stream) {
+  for (const StandinStreamPointer& stream : all_locked()) {
     if (stream->last != nullptr) pending.push_back(stream->last);
-  };
-  add(legacy_);
-  for (const auto& [handle, stream] : streams_) add(stream);
-  for (const StandinStreamPointer& stream : destroyed_) add(stream);
+  }
   return pending;
+}
+
+// ---------------------------------------------------------------- channels
+
+void StandinStreams::enter_channel_locked(StandinStream& stream, const StandinOperationPointer& operation) {
+  if (channels_.empty()) return;
+  Channel& channel = channels_[stream.channel];
+  if (!is_held_locked(operation)) {
+    for (const StandinOperationPointer& ahead : channel) {
+      if (!is_held_locked(ahead)) continue;
+      if (behind_waiters_.size() < kViolationsKeptMax) {
+        behind_waiters_.push_back(std::string(operation->call) + " of stream " + std::to_string(stream.number) +
+                                  " is behind " + ahead->call + " of stream " + std::to_string(ahead->stream->number) +
+                                  " in channel " + std::to_string(stream.channel));
+      }
+      break;
+    }
+  }
+  channel.push_back(operation);
+}
+
+void StandinStreams::leave_channel_locked(const StandinOperation& operation) {
+  if (channels_.empty()) return;
+  Channel& channel = channels_[operation.stream->channel];
+  std::erase_if(channel, [&](const StandinOperationPointer& each) { return each.get() == &operation; });
+  changed_.notify_all();
+}
+
+// Whether it waits for a value, or for something that does.
+bool StandinStreams::is_held_locked(const StandinOperationPointer& operation) const {
+  std::vector<const StandinOperation*> left{operation.get()};
+  std::set<const StandinOperation*> seen;
+  while (!left.empty()) {
+    const StandinOperation* each = left.back();
+    left.pop_back();
+    if (each->is_done || !seen.insert(each).second) continue;
+    if (each->is_gate && !each->is_open) return true;
+    for (const StandinOperationPointer& before : each->after) left.push_back(before.get());
+  }
+  return false;
+}
+
+std::vector<std::string> StandinStreams::blocked_locked() const {
+  std::vector<std::string> lines;
+  for (const StandinStreamPointer& stream : all_locked()) {
+    if (stream->queue.empty()) continue;
+    const StandinOperation& first = *stream->queue.front();
+    std::string why = first.has_begun ? (first.is_gate ? "waits for a value" : "runs") : "can begin";
+    if (!first.has_begun && !can_begin_locked(first)) {
+      const auto before =
+          std::find_if(first.after.begin(), first.after.end(), [](const auto& each) { return !each->is_done; });
+      why = before != first.after.end() ? std::string("waits for ") + (*before)->call + " of stream " +
+                                              std::to_string((*before)->stream->number)
+                                        : std::string("is behind ") + channels_[stream->channel].front()->call +
+                                              " in channel " + std::to_string(stream->channel);
+    }
+    lines.push_back(std::string(first.call) + " of stream " + std::to_string(stream->number) + " " + why);
+  }
+  return lines;
+}
+
+bool StandinStreams::is_stuck_locked() const {
+  bool has_work = false;
+  for (const StandinStreamPointer& stream : all_locked()) {
+    if (stream->queue.empty()) continue;
+    const StandinOperation& first = *stream->queue.front();
+    const bool goes_on = first.has_begun ? !first.is_gate || first.is_open : can_begin_locked(first);
+    if (goes_on) return false;
+    has_work = true;
+  }
+  return has_work && !is_halted_locked();
 }
 
 Result StandinStreams::wait(std::unique_lock<std::mutex>& lock,
@@ -155,19 +252,17 @@ bool StandinStreams::is_touched_locked(cuda::DevicePtr address, std::size_t size
 }
 
 std::size_t StandinStreams::unfinished_locked() const {
-  std::size_t unfinished = legacy_->queue.size();
-  for (const auto& [handle, stream] : streams_) unfinished += stream->queue.size();
-  for (const StandinStreamPointer& stream : destroyed_) unfinished += stream->queue.size();
+  std::size_t unfinished = 0;
+  for (const StandinStreamPointer& stream : all_locked()) unfinished += stream->queue.size();
   return unfinished;
 }
 
 void StandinStreams::stop() {
-  std::vector<StandinStreamPointer> all{legacy_};
+  std::vector<StandinStreamPointer> all;
   {
     const std::lock_guard lock(mutex_);
     is_stopping_ = true;
-    for (const auto& [handle, stream] : streams_) all.push_back(stream);
-    all.insert(all.end(), destroyed_.begin(), destroyed_.end());
+    all = all_locked();
     changed_.notify_all();
     stopping_.notify_all();
   }
@@ -190,20 +285,24 @@ void StandinStreams::run(StandinStream& stream) {
 }
 
 bool StandinStreams::can_begin_locked(const StandinOperation& operation) const {
-  return std::all_of(operation.after.begin(), operation.after.end(), [](const auto& each) { return each->is_done; });
+  const bool is_next = channels_.empty() || channels_[operation.stream->channel].front().get() == &operation;
+  return is_next &&
+         std::all_of(operation.after.begin(), operation.after.end(), [](const auto& each) { return each->is_done; });
 }
 
 void StandinStreams::run_operation(std::unique_lock<std::mutex>& lock, StandinStream& stream,
                                    StandinOperation& operation) {
+  operation.has_begun = true;
   lock.unlock();
   pause(stream);
   lock.lock();
   if (is_halted_locked()) return;
+  if (!operation.is_gate) leave_channel_locked(operation);
   if (operation.engine) bytes_[static_cast<std::size_t>(*operation.engine)] += operation.size_bytes;
   running_.push_back(&operation);
   lock.unlock();
   Result result = operation.failure;
-  if (result == cuda::kSuccess && operation.body) result = operation.body(operation);
+  if (result == cuda::kSuccess && operation.body) result = operation.body(operation, stream);
   lock.lock();
   std::erase(running_, &operation);
   if (result != cuda::kSuccess && !is_stopping_) lose_context_locked(result);
@@ -213,6 +312,7 @@ void StandinStreams::run_operation(std::unique_lock<std::mutex>& lock, StandinSt
 void StandinStreams::finish_locked(StandinStream& stream, StandinOperation& operation) {
   if (operation.is_gate) timeline_.opened(operation, std::nullopt);
   operation.is_done = true;
+  leave_channel_locked(operation);
   operation.after.clear();
   operation.touched.clear();
   operation.body = nullptr;

@@ -26,9 +26,12 @@
 namespace tp {
 
 struct StandinStream {
-  StandinStream(unsigned stream_flags, std::uint64_t seed) : flags(stream_flags), random(seed) {}
+  StandinStream(std::uint64_t of_number, unsigned stream_flags, std::size_t of_channel, std::uint64_t seed)
+      : number(of_number), flags(stream_flags), channel(of_channel), random(seed) {}
 
+  const std::uint64_t number;  // 0: the legacy default stream
   const unsigned flags;
+  const std::size_t channel;
   std::deque<StandinOperationPointer> queue;
   StandinOperationPointer last;  // null: none was ever asked for
   bool is_destroyed = false, is_finished = false;
@@ -52,6 +55,10 @@ class StandinStreams {
   bool destroy_locked(cuda::Stream stream);
   StandinStreamPointer find_locked(cuda::Stream stream);  // null: no such
   std::size_t count_locked() const { return streams_.size(); }
+  const StandinStreamPointer& legacy() const { return legacy_; }
+  // A stream without a handle, for graphs.
+  StandinStreamPointer create_lane_locked();
+  void destroy_lane_locked(const StandinStreamPointer& lane);
 
   void enqueue_locked(const StandinStreamPointer& stream, const StandinOperationPointer& operation);
   // What has to be done for the stream to be: of the legacy default stream, also what blocks it.
@@ -70,6 +77,9 @@ class StandinStreams {
   std::uint64_t bytes_locked(StandinEngine engine) const { return bytes_[static_cast<std::size_t>(engine)]; }
   std::uint64_t operations_locked() const { return operations_; }
   std::size_t unfinished_locked() const;
+  const std::vector<std::string>& behind_waiters_locked() const { return behind_waiters_; }
+  std::vector<std::string> blocked_locked() const;
+  bool is_stuck_locked() const;
   void stop();  // what has not begun never does
 
   // For bodies. False: the range may not be touched.
@@ -87,6 +97,14 @@ class StandinStreams {
   void pause_to_end(const StandinOperation& operation);
 
  private:
+  using Channel = std::deque<StandinOperationPointer>;  // what has not begun, in the order of calls
+
+  StandinStreamPointer make_stream_locked(unsigned flags);
+  void enter_channel_locked(StandinStream& stream, const StandinOperationPointer& operation);
+  void leave_channel_locked(const StandinOperation& operation);
+  bool is_held_locked(const StandinOperationPointer& operation) const;
+  // Every stream that exists, with its handle's number or none.
+  std::vector<StandinStreamPointer> all_locked() const;
   void run(StandinStream& stream);
   void run_operation(std::unique_lock<std::mutex>& lock, StandinStream& stream, StandinOperation& operation);
   void finish_locked(StandinStream& stream, StandinOperation& operation);
@@ -105,7 +123,10 @@ class StandinStreams {
   std::uint64_t streams_made_ = 0;
   const StandinStreamPointer legacy_;
   std::map<cuda::Stream, StandinStreamPointer> streams_;
+  std::vector<StandinStreamPointer> lanes_;      // of graphs
   std::vector<StandinStreamPointer> destroyed_;  // with work left
+  std::vector<Channel> channels_;                // none: each stream has its own
+  std::vector<std::string> behind_waiters_;
   std::vector<StandinOperation*> running_;
   std::vector<std::string> violations_;
   std::array<std::uint64_t, kStandinEngines> bytes_{};

@@ -23,11 +23,15 @@
 
 namespace tp {
 
+struct StandinStream;
+
 struct StandinOperation {
   struct Range {
     cuda::DevicePtr address = 0;
     std::size_t size_bytes = 0;
   };
+  // Run by the thread of the stream. May be run again: what a graph holds is run with every launch.
+  using Body = std::function<cuda::Result(StandinOperation&, StandinStream&)>;
 
   // Given by whoever asks for it.
   const char* call = "";
@@ -36,11 +40,12 @@ struct StandinOperation {
   std::uint64_t duration_ns = 0;          // of a kernel; copies get theirs from their size
   bool is_gate = false;                   // its end is known only when it has happened
   cuda::Result failure = cuda::kSuccess;  // in place of what it would do
-  std::function<cuda::Result(StandinOperation&)> body;
+  Body body;
   std::vector<std::shared_ptr<StandinOperation>> after;  // what has to be done before; empty when it is itself
 
   // Its life.
-  bool is_done = false, is_settled = false, is_open = false;  // open: a gate that has been passed
+  StandinStream* stream = nullptr;
+  bool has_begun = false, is_done = false, is_settled = false, is_open = false;  // open: a gate that has been passed
   std::uint64_t asked_ns = 0, start_ns = 0, end_ns = 0;
   std::vector<Range> touched;  // while it runs
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stand-in driver itself: what its entry points (standin_calls.cpp) and its control interface (standin_driver.cpp)
-// share.
+// The stand-in driver itself: what its entry points (standin_calls.cpp, standin_stream_calls.cpp,
+// standin_graph_calls.cpp) and its control interface (standin_driver.cpp) share.
 #pragma once
 
 #include <array>
@@ -15,6 +15,7 @@
 
 #include "device/cuda_abi.hpp"
 #include "sim/standin_driver.hpp"
+#include "sim/standin_graph.hpp"
 #include "sim/standin_memory.hpp"
 #include "sim/standin_stream.hpp"
 #include "sim/standin_timeline.hpp"
@@ -39,6 +40,7 @@ struct StandinThread {
   std::uint64_t generation = 0;
   std::vector<cuda::Context> contexts;  // the current one is the last
   bool is_in_host_function = false;
+  int capture_mode = cuda::kStreamCaptureModeGlobal;
   cuda::Result operation_failure = cuda::kSuccess;  // for the operation that the call asks for
 };
 
@@ -60,6 +62,9 @@ class StandinWorld final : public StandinDriver {
   std::uint64_t operations() const override;
   std::uint64_t unregistered_copies() const override;
   std::vector<std::string> violations() const override;
+  std::vector<std::string> behind_waiters() const override;
+  std::vector<std::string> blocked() const override;
+  bool is_stuck() const override;
   std::uint64_t host_now_ns() const override;
   std::uint64_t device_end_ns() const override;
   std::uint64_t busy_ns(StandinEngine engine) const override;
@@ -80,9 +85,13 @@ class StandinWorld final : public StandinDriver {
   using Event = cuda::Event;
   using Module = cuda::Module;
   using Function = cuda::Function;
+  using Graph = cuda::Graph;
+  using GraphNode = cuda::GraphNode;
+  using GraphExec = cuda::GraphExec;
   using HostFunction = cuda::HostFunction;
   using MemAllocationProp = cuda::MemAllocationProp;
   using MemAccessDesc = cuda::MemAccessDesc;
+  using BatchMemOpNodeParams = cuda::BatchMemOpNodeParams;
 #define TP_STANDIN_MEMBER(name, parameters) cuda::Result name parameters;
   TP_CUDA_ENTRY_POINTS(TP_STANDIN_MEMBER)
 #undef TP_STANDIN_MEMBER
@@ -92,6 +101,7 @@ class StandinWorld final : public StandinDriver {
   struct EventState {
     unsigned flags = 0;
     StandinOperationPointer record;  // the latest; null: never recorded
+    StandinCapturePoint point;       // when that was into a capture
   };
   struct FunctionState {
     cuda::Module module = nullptr;
@@ -110,6 +120,12 @@ class StandinWorld final : public StandinDriver {
     return reinterpret_cast<Handle>(static_cast<std::uintptr_t>(next_handle_++));
   }
   StandinOperationPointer operation_locked(const char* call);
+  cuda::Result submit_locked(const StandinStreamPointer& stream, const StandinOperationPointer& operation);
+  cuda::Result make_wait_value_locked(const char* call, cuda::DevicePtr address, std::uint32_t value, unsigned flags,
+                                      StandinOperation& operation);
+  cuda::Result make_write_value_locked(const char* call, cuda::DevicePtr address, std::uint32_t value, unsigned flags,
+                                       StandinOperation& operation);
+  void wait_before_mapping(Lock& lock);
   // Takes the copy apart: kErrorInvalidValue for a host range that is registered in part.
   cuda::Result check_host_range_locked(const void* memory, std::size_t size_bytes, bool* is_registered);
   cuda::Result copy_to_host_or_device(const char* call, StandinEngine engine, cuda::DevicePtr address,
@@ -124,6 +140,8 @@ class StandinWorld final : public StandinDriver {
   std::unique_ptr<StandinStreams> streams_;
   std::vector<std::size_t> contexts_;  // how often each device's is retained
   std::uintptr_t next_handle_ = 0x1000;
+  StandinGraphs graphs_;
+  std::vector<cuda::GraphNode> dependencies_;  // handed out by cuStreamGetCaptureInfo
   std::map<cuda::Event, EventState> events_;
   std::map<cuda::Module, bool> modules_;
   std::map<cuda::Function, FunctionState> functions_;

@@ -24,6 +24,7 @@ using test::kDevicePage;
 using test::KernelWork;
 using test::kMemoryDirectory;
 using test::kWordsPerPage;
+using test::link_ns;
 using test::one_set_per_page;
 using test::pattern;
 using test::PatternFile;
@@ -31,6 +32,7 @@ using test::slow_device;
 using test::StandinDevice;
 using test::sweep;
 using test::SweepSchedule;
+using test::timed_device;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr int kSeeds = 10;
@@ -335,29 +337,6 @@ TEST(DevicePager, closing_waits_for_kernels_that_were_released) {
 
 // ---------------------------------------------------------------- in simulated time
 
-constexpr std::uint64_t kLinkBytesPerSecond = 50'000'000'000;
-
-// pager: null until it is made. The clock moves only while its caller waits for pages.
-StandinOptions timed_device(std::size_t device_frames, const std::atomic<Pager*>& pager) {
-  StandinOptions options;
-  options.polls_step_time = true;
-  options.host_waits = [&pager] {
-    Pager* made = pager.load();
-    if (made == nullptr) return true;
-    Residency& residency = made->residency();
-    const std::lock_guard lock(residency.mutex);
-    return residency.waiters != nullptr || residency.closing;
-  };
-  options.host_to_device_bytes_per_second = kLinkBytesPerSecond;
-  options.device_to_host_bytes_per_second = kLinkBytesPerSecond;
-  options.device_memory_bytes = device_frames * kDevicePage;
-  return options;
-}
-
-constexpr double link_ns(std::size_t pages) {
-  return static_cast<double>(pages * kDevicePage) / static_cast<double>(kLinkBytesPerSecond) * 1e9;
-}
-
 TEST(DevicePager, a_stream_of_pages_keeps_the_link_busy) {
   constexpr std::size_t kPages = 40, kFrames = 10;
   std::atomic<Pager*> made{nullptr};
@@ -518,21 +497,6 @@ TEST(DevicePager, events_of_releases_are_collected_while_nothing_moves) {
   }
   EXPECT_EQ(pager.residency().counters().page_ins, 1u);
   EXPECT_LT(device.standin().calls("cuEventCreate"), kReleases / 2);
-}
-
-TEST(DevicePager, a_stream_that_is_captured_is_refused) {
-  StandinDevice device(slow_device(6, 4));
-  const PatternFile file(2 * kDevicePage - 8, 7, kMemoryDirectory);
-  Pager pager(device_options(4, 5));
-  const Region region = pager.map_file(file.path(), 8);
-  const SetId set = one_set_per_page(pager, region)[0];
-  device.standin().arm({"cuStreamIsCapturing", 1, cuda::kErrorStreamCaptureImplicit, StandinEffect::sticky});
-  expect_device_error([&] { pager.acquire(set, {}, device.stream()); }, "CUDA graph is captured");
-  expect_device_error([&] { pager.hold({region.address, 8}, {}, device.stream()); }, "CUDA graph is captured");
-  device.standin().disarm();
-  EXPECT_EQ(pager.residency().pinned_pages(), 0u);
-  pager.acquire(set, {}, device.stream());
-  pager.release(set, device.stream());
 }
 
 // The device is full of pages that it alone has; as many as the host tier has frames are wanted at once.

@@ -4,7 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -70,5 +72,28 @@ struct SweepSchedule {
   ScheduleArrays arrays() const { return {step_set, initial, step, deadline, page_in, evict}; }
   std::vector<std::int32_t> step_set, initial, step, deadline, page_in, evict;
 };
+
+inline constexpr std::uint64_t kLinkBytesPerSecond = 50'000'000'000;
+
+// pager: null until it is made. The clock moves only while its caller waits for pages.
+inline StandinOptions timed_device(std::size_t device_frames, const std::atomic<Pager*>& pager) {
+  StandinOptions options;
+  options.polls_step_time = true;
+  options.host_waits = [&pager] {
+    Pager* made = pager.load();
+    if (made == nullptr) return true;
+    Residency& residency = made->residency();
+    const std::lock_guard lock(residency.mutex);
+    return residency.waiters != nullptr || residency.closing;
+  };
+  options.host_to_device_bytes_per_second = kLinkBytesPerSecond;
+  options.device_to_host_bytes_per_second = kLinkBytesPerSecond;
+  options.device_memory_bytes = device_frames * kDevicePage;
+  return options;
+}
+
+constexpr double link_ns(std::size_t pages) {
+  return static_cast<double>(pages * kDevicePage) / static_cast<double>(kLinkBytesPerSecond) * 1e9;
+}
 
 }  // namespace tp::test

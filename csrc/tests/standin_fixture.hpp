@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -82,6 +83,22 @@ class StandinDevice {
     void* parameters[] = {&parameter};
     driver().cuLaunchKernel(function_, 1u, 1u, 1u, 1u, 1u, 1u, 0u, stream, parameters, static_cast<void**>(nullptr));
   }
+  // A graph of what `ask` asks of the stream. Lives as long as the device.
+  cuda::GraphExec capture(const std::function<void()>& ask) {
+    const CudaDevice::Current current(*device_);
+    cuda::Graph graph = nullptr;
+    cuda::GraphExec exec = nullptr;
+    driver().cuStreamBeginCapture(stream_, cuda::kStreamCaptureModeThreadLocal);
+    ask();
+    driver().cuStreamEndCapture(stream_, &graph);
+    driver().cuGraphInstantiateWithFlags(&exec, graph, 0ull);
+    driver().cuGraphDestroy(graph);
+    return graphs_.emplace_back(exec);
+  }
+  void launch(cuda::GraphExec graph) {
+    const CudaDevice::Current current(*device_);
+    driver().cuGraphLaunch(graph, stream_);
+  }
   void synchronize(cuda::Stream stream) {
     const CudaDevice::Current current(*device_);
     driver().cuStreamSynchronize(stream);
@@ -92,6 +109,7 @@ class StandinDevice {
     if (device_ == nullptr) return;
     auto current = std::make_unique<CudaDevice::Current>(*device_);
     driver().cuStreamSynchronize.result(stream_);
+    for (const cuda::GraphExec graph : graphs_) driver().cuGraphExecDestroy.result(graph);
     driver().cuStreamDestroy.result(stream_);
     driver().cuModuleUnload.result(module_);
     current.reset();
@@ -104,6 +122,7 @@ class StandinDevice {
   cuda::Stream stream_ = nullptr;
   cuda::Module module_ = nullptr;
   cuda::Function function_ = nullptr;
+  std::vector<cuda::GraphExec> graphs_;
   std::deque<KernelWork> work_;
   std::atomic<std::uint64_t> wrong_{0};
 };

@@ -18,6 +18,7 @@ __all__: list[str] = [
     "EVENT_KINDS",
     "EngineCandidate",
     "FileTransfers",
+    "GatedGraph",
     "PAGE_STATES",
     "Pagefile",
     "Pager",
@@ -279,6 +280,33 @@ class FileTransfers:
         start_write(), and wait for this one alone. KeyboardInterrupt: wait() waits for it then.
         """
 
+class GatedGraph:
+    """
+    One CUDA graph that waits for its pages; see csrc/pager/gated_graph.hpp. One thread.
+    """
+    def end(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The last of it was captured. DeviceError, ValueError.
+        """
+    def replay(
+        self, stream: typing.SupportsInt | typing.SupportsIndex, launch: collections.abc.Callable[[], typing.Any]
+    ) -> None:
+        """
+        launch() launches the graph in the stream, the one that it was made for; returns when its last gate is open. Signals wait as long. After an error nothing of the pager can be used: IoError, BudgetError, DeviceError, ClosedError; ValueError.
+        """
+    def step(
+        self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
+    ) -> None:
+        """
+        What the stream, which is being captured, captures from now on uses these pages alone. DeviceError, ValueError.
+        """
+    def writes(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        The step that is being captured modifies these pages, which are of its set. ValueError.
+        """
+    @property
+    def step_count(self) -> int: ...
+
 class Pager:
     """
     Page table, frames and executor thread. Any thread; waiting releases the GIL.
@@ -341,6 +369,10 @@ class Pager:
         """
         The model's root is entered: the schedule's position goes to the next start of its cycle.
         """
+    def captured_nothing(self, stream: typing.SupportsInt | typing.SupportsIndex) -> bool:
+        """
+        Whether no work of a stream, which is being captured, is in the graph yet. DeviceError, ValueError.
+        """
     def clear_schedule(self) -> None:
         """
         Forget every schedule.
@@ -381,6 +413,16 @@ class Pager:
         """
         acquire() for a byte range; returns the set id for release(), or -1 when it is more than the budget can hold at once: then nothing is pinned and every page comes in as it is touched, which a device can't do: BudgetError.
         """
+    def join_sets(self, set_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], name: str) -> int:
+        """
+        The set of all pages of these sets; see add_set. ValueError.
+        """
+    def make_gated_graph(
+        self, stream: typing.SupportsInt | typing.SupportsIndex, steps_max: typing.SupportsInt | typing.SupportsIndex
+    ) -> GatedGraph:
+        """
+        A graph that is launched in this stream. EngineError with the reason where probe_gates() says no; DeviceError.
+        """
     def map_file(self, path: str, aligned_offset_bytes: typing.SupportsInt | typing.SupportsIndex = 0) -> Region:
         """
         Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at aligned_offset_bytes lies at a multiple of 256. IoError.
@@ -407,13 +449,17 @@ class Pager:
         """
         State of every page, uint8: an index into PAGE_STATES.
         """
+    def prefetch(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> Ticket:
+        """
+        Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.
+        """
     def prepare_commit(self, metadata: bytes) -> None:
         """
         A commit that others make too: all of commit() but its last step, which publish_commit() makes; abandon_commit() drops it. Until one of them, a process that dies leaves it prepared. As commit().
         """
-    def prefetch(self, set_id: typing.SupportsInt | typing.SupportsIndex) -> Ticket:
+    def probe_gates(self, stream: typing.SupportsInt | typing.SupportsIndex) -> tuple[bool, str]:
         """
-        Begin to acquire a set without waiting; returns a Ticket. Served after demand. BudgetError, ClosedError.
+        Whether a graph in this stream may wait for pages that are asked for after its launch, and why. Tried out; waits for the stream. DeviceError.
         """
     def publish_commit(self) -> None:
         """
@@ -430,6 +476,10 @@ class Pager:
     def recorded_contents(self) -> numpy.typing.NDArray[numpy.int32]:
         """
         What the recording that ended last noted, int32 [notes, 4] in order: the events before it; first page, and the one behind the last; 0: modified (by the step acquired last, if it is open and has the page, else by the next that has), 1: ended (nobody will want what the page held).
+        """
+    def redirect(self, handler: typing.Any) -> None:
+        """
+        From now on this thread's acquire, release, hold and mark_written of this pager are calls of the handler's methods of these names, with every argument; what a handler calls itself is not. None ends that. One pager at a time.
         """
     def release(
         self, set_id: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex = 0

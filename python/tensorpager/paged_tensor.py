@@ -48,6 +48,7 @@ __all__ = [
     "PagedTensor",
     "Tracer",
     "hold_arguments",
+    "is_traced",
     "known_cores",
     "leave_to_operator",
     "make_paged",
@@ -133,6 +134,11 @@ def set_tracer(tracer: Tracer | None) -> None:
     """Route guarded functions of the tracer's thread to it; None ends that. One tracer at a time (see fake_pass.py)."""
     global _tracer  # noqa: PLW0603 (read on every guarded call: a plain global is the fastest there is)
     _tracer = tracer
+
+
+def is_traced() -> bool:
+    """Whether this thread runs a model on fake tensors."""
+    return _tracer is not None and _tracer.thread_id == threading.get_ident()
 
 
 class PagedTensor(torch.Tensor):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from tensorpager._core import Pagefile, Region
     from tensorpager._core import Pager as Core
+    from tensorpager.graphs import PagedGraph
 
 __all__ = [
     "ModuleWindow",
@@ -208,6 +209,47 @@ class Pager:
             model = None if self._model is None else self._model()
             self._activations = Activations(self._core, places, () if model is None else GatheredParameters(model))
         return Paging(self._core, self._activations)
+
+    def capture(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        warmup: int = 2,
+        piece_bytes: int | str | None = None,
+        gates: bool = False,
+        **kwargs: Any,
+    ) -> PagedGraph:
+        """Capture a function of a model on a device as CUDA graphs that are replayed with paging underneath.
+
+            step = pager.capture(lambda ids: model(ids).argmax(-1), ids)
+            for _ in range(100):
+                ids = step(ids).clone()
+
+        The function runs `warmup` times with copies of the arguments, so what it changes (a KV cache) it changes, and
+        once more without anything being run. Everything that holds for torch.cuda.graph holds for it: the same shapes,
+        control flow, and memory each time, and nothing that waits for the device. Gradients are off. Tensors among the
+        arguments are inputs, copied for each call; other arguments, and what is inside of them, stay as they are.
+
+        piece_bytes: how much of the budget is held at once at most, as bytes or a text such as "64MiB"; by default a
+        16th. Steps that fit together are one graph. A single step may need more.
+
+        gates: make one graph of all, which waits for its pages on the device, instead of one for each piece. It is
+        refused, with EngineError and the reason, where this device and stream would not get on meanwhile, and has to be
+        replayed in the stream that is current now. A page that can't be read then costs the CUDA context, since a graph
+        can't be stopped.
+
+        Raises PagedTensorError on the host and inside of a call of the model; BudgetError, IoError, DeviceError; what
+        the function and torch raise; ClosedError.
+        """
+        from tensorpager import graphs
+
+        if self.closed:
+            msg = "the pager is closed: its model can't be captured"
+            raise ClosedError(msg)
+        held_bytes = 0 if piece_bytes is None else parse_bytes(piece_bytes)
+        return graphs.capture(
+            self._core, self._director, function, args, kwargs, warmup=warmup, piece_bytes=held_bytes, gates=gates
+        )
 
     def commit(self, state: object = None) -> int:
         """Make all of training as it is now the store's next commit. Returns its number.

@@ -18,9 +18,10 @@ Threads: passes may run concurrently; one of them at a time is recorded.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ EXPECT_EVERY_PASSES = 16
 TRAINING_FORWARDS_MAX = 512
 #: A pass is planned for anew when its contents turn out to be others, so often at most.
 PLANS_OF_CONTENTS_MAX = 3
+#: Captured graphs whose schedules the core knows at a time; any other's is told to it again when it is replayed.
+REPLAYS_KNOWN_MAX = 4
 #: So many passes that took other steps than expected are told of, once.
 TELL_AFTER_PASSES = 16
 
@@ -56,10 +59,14 @@ Shapes = tuple[tuple[int, ...] | None, ...]
 
 
 class _OpenPasses(threading.local):
-    """The frames of this thread's open calls of the root module; see [Note: abandoned calls] in windows.py."""
+    """The frames of this thread's open calls of the root module; see [Note: abandoned calls] in windows.py.
+
+    ignored: its calls are no passes now.
+    """
 
     def __init__(self) -> None:
         self.frames: list[FrameType] = []
+        self.ignored = False
 
 
 class PassDirector:
@@ -82,6 +89,7 @@ class PassDirector:
         self._plans_of_contents: dict[bytes, int] = {}
         self._known: dict[int, tuple[bytes, PageSchedule]] = {}  # what the core knows, by its id
         self._common: int | None = None  # of these, the one for what passes have in common
+        self._replays: dict[bytes, PageSchedule | None] = {}  # of captured graphs, by their events
         self._followed_at_begin: int | None = None  # of the recorded pass
         self._previous_pass: bytes | None = None
         self.trace_failure: str | None = None
@@ -119,6 +127,8 @@ class PassDirector:
 
     def enter(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
         """The root module is called. Nested calls belong to the outermost one's pass."""
+        if self._open.ignored:
+            return
         frames = self._open.frames
         while frames and not is_on_stack(frames[-1]):
             frames.pop()
@@ -137,6 +147,42 @@ class PassDirector:
             if self.trains and torch.is_grad_enabled() and self._recorded_thread == threading.get_ident():
                 self._forwards = 1
         frames.append(frame)
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether this thread is in a call of the root module."""
+        return any(is_on_stack(frame) for frame in self._open.frames)
+
+    @contextlib.contextmanager
+    def ignoring_calls(self) -> Iterator[None]:
+        """Calls of the root module by this thread are no passes meanwhile: they are captured, not run."""
+        self._open.ignored = True
+        try:
+            yield
+        finally:
+            self._open.ignored = False
+
+    def begin_replay(self, events: npt.NDArray[np.int32]) -> None:
+        """A pass begins that takes exactly these steps, as a captured graph does: follow its schedule, made if new."""
+        key = events.tobytes()
+        with self._lock:
+            if key != self._current:
+                self._follow_replay(key, events)
+        self._core.begin_pass()
+
+    def _follow_replay(self, key: bytes, events: npt.NDArray[np.int32]) -> None:
+        schedule = self._replays.pop(key) if key in self._replays else self._schedule_for(events)
+        self._replays[key] = schedule  # the last one used is the last
+        if schedule is None:
+            return
+        numbers = {known: number for number, (known, _) in self._known.items() if number != self._common}
+        if key not in numbers:
+            known_replays = [replay for replay in self._replays if replay in numbers]
+            for replay in known_replays[: max(0, len(known_replays) + 1 - REPLAYS_KNOWN_MAX)]:
+                self._core.forget_schedule(numbers[replay])
+                del self._known[numbers[replay]]
+            numbers[key] = self._make_known(key, schedule, common=False)
+        self._core.follow_schedule(numbers[key])
 
     def _goes_on(self) -> bool:
         """Whether this thread's training pass goes on with another forward."""
