@@ -33,6 +33,7 @@ NOUNS_OF_THEIR_OWN = {
     "conformance": "what every I/O engine owes to the contract in io_queue.hpp",
     "examples": "the programs in examples/",
     "failure": "every result of the kernel failing in turn, through all of csrc/pager",
+    "generation": "generate() and pipelines of transformers on paged models",
     "gpu_check": "bench/gpu_check.py and what it measures with",
     "gpu": "everything about a device, on a real one (gpu-marked)",
     "readme": "the example that README.md shows",

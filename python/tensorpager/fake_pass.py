@@ -14,6 +14,7 @@ What can't run on fake tensors raises TraceError; the caller then records a real
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def record_on_fakes(
     Raises TraceError when the model can't be run that way.
     """
     _refuse_foreign_hooks(model)
-    with _one_at_a_time, _random_state_kept():
+    with _one_at_a_time, _random_state_kept(), _no_word_of_failures():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         recorder = _FakeRun(core, mode)
         core.record_begin(True)
@@ -118,6 +119,17 @@ def _random_state_kept() -> Iterator[None]:
         torch.random.set_rng_state(torch_state)
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def _no_word_of_failures() -> Iterator[None]:
+    """torch logs an operator that can't run on fake tensors, at length and as an error. Here it is no error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _FakeCopies(TorchFunctionMode):
