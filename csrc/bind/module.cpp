@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "base/error.hpp"
+#include "bind/checksum.hpp"
 #include "bind/dlpack.hpp"
 #include "bind/recording.hpp"
 #include "device/cufile.hpp"
@@ -541,6 +542,7 @@ void bind_pager_facts(py::class_<Pager>& pager) {
           "pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
           "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
       .def_property_readonly("budget_bytes", &Pager::budget_bytes)
+      .def_property_readonly("spill_directory", &Pager::spill_directory, "Empty with a pagefile.")
       .def_property_readonly("transport", &Pager::transport,
                              "How pages of files get to the device: 'host' or 'cufile'; empty without a device.")
       .def_property_readonly("transport_reason", &Pager::transport_reason, "Why that one.")
@@ -629,6 +631,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.attr("EVENT_KINDS") = kinds;
   module.attr("PAGE_STATES") = states;
 
+  tp::bind_checksum(module);
   bind_probe(module);
   bind_region(module);
 

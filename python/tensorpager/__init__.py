@@ -34,6 +34,7 @@ from tensorpager.errors import (
 
 if TYPE_CHECKING:
     from tensorpager.hardware import Hardware, profile
+    from tensorpager.kv_cache import KVCache
     from tensorpager.measured_hardware import this_machine
     from tensorpager.operator_trace import Trace
     from tensorpager.paged_tensor import PagedTensor
@@ -59,6 +60,7 @@ __all__ = [
     "ForkedProcessError",
     "Hardware",
     "IoError",
+    "KVCache",
     "MemoryMapError",
     "PagedTensor",
     "PagedTensorError",
@@ -82,6 +84,7 @@ _HOME = {
     "Budgets": "tensorpager.planner",
     "Choices": "tensorpager.reorder",
     "Hardware": "tensorpager.hardware",
+    "KVCache": "tensorpager.kv_cache",
     "PagedTensor": "tensorpager.paged_tensor",
     "Pager": "tensorpager.pager",
     "from_pretrained": "tensorpager.pretrained",

@@ -45,7 +45,7 @@ from tensorpager.windows import Hook, drop_abandoned_calls
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["record_on_fakes"]
+__all__ = ["is_copying", "record_on_fakes"]
 
 _one_at_a_time = threading.Lock()
 
@@ -132,6 +132,20 @@ def _no_word_of_failures() -> Iterator[None]:
         logger.disabled = before
 
 
+class _Copying(threading.local):
+    """Whether this thread makes the copies of a fake run."""
+
+    on = False
+
+
+_copying = _Copying()
+
+
+def is_copying() -> bool:
+    """Whether this thread copies a model's arguments to be run on fake tensors: shapes are all that is wanted."""
+    return _copying.on
+
+
 class _FakeCopies(TorchFunctionMode):
     """While active, copy.deepcopy makes fake tensors of ordinary ones and leaves paged ones as they are."""
 
@@ -194,8 +208,14 @@ class _FakeRun:
         for tensor in (*model.parameters(), *model.buffers()):
             is_paged = type(tensor) is PagedTensor
             memo[id(tensor)] = tensor if is_paged else self._mode.from_tensor(tensor, static_shapes=True)
-        with self._mode, _FakeCopies(self._mode):
-            copies: tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] = copy.deepcopy((model, args, kwargs), memo)
+        _copying.on = True
+        try:
+            with self._mode, _FakeCopies(self._mode):
+                copies: tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] = copy.deepcopy(
+                    (model, args, kwargs), memo
+                )
+        finally:
+            _copying.on = False
         return copies
 
     # -- the guard's place
