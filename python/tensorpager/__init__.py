@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tensorpager.paged_tensor import PagedTensor
     from tensorpager.pager import Pager, page
     from tensorpager.planner import Budgets, plan
+    from tensorpager.prefix_store import PrefixStore
     from tensorpager.pretrained import from_pretrained
     from tensorpager.reorder import Choices
     from tensorpager.resumption import committed, resume
@@ -65,6 +66,7 @@ __all__ = [
     "PagedTensor",
     "PagedTensorError",
     "Pager",
+    "PrefixStore",
     "Schedule",
     "TensorPagerError",
     "Trace",
@@ -87,6 +89,7 @@ _HOME = {
     "KVCache": "tensorpager.kv_cache",
     "PagedTensor": "tensorpager.paged_tensor",
     "Pager": "tensorpager.pager",
+    "PrefixStore": "tensorpager.prefix_store",
     "from_pretrained": "tensorpager.pretrained",
     "Schedule": "tensorpager.schedule",
     "Trace": "tensorpager.operator_trace",

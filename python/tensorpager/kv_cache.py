@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -25,14 +27,20 @@ from transformers.cache_utils import (
 
 from tensorpager.device import HOST
 from tensorpager.errors import ClosedError, PagedTensorError
+from tensorpager.fingerprint import Fingerprint
 from tensorpager.kv_layer import PagedLayer, RecordSpace
 from tensorpager.kv_sweep import Sweep
 from tensorpager.pager import Pager, make_core
+from tensorpager.prefix_pace import Pace
+from tensorpager.prefix_reuse import PrefixReuse
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
+
+    from tensorpager.prefix_plan import PrefixPlan
+    from tensorpager.prefix_store import PrefixStore
 
 __all__ = ["KVCache"]
 
@@ -60,11 +68,15 @@ class KVCache(DynamicCache):  # type: ignore[misc]
     not grow. The tokens and logits are those of a DynamicCache, bit for bit. A copy (copy.deepcopy, pickle) is an
     ordinary DynamicCache.
 
+    prefix_store: where load_prefix() and save_prefix() keep what prompts begin with, from one run to the next. What a
+    sliding window is past is then kept, on disk, until it is saved. fingerprint: of the model, if the caller knows it
+    (`fingerprint.model_fingerprint`); otherwise every weight is read once, the first time that it is needed.
+
     Raises PagedTensorError for a model that has layers of other kinds, ClosedError after close(); BudgetError,
     IoError, EngineError, MemoryMapError, ValueError as page() does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (they are the user's, each with a default)
         self,
         pager: Pager,
         budget: int | str = "256MiB",
@@ -75,6 +87,8 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         engine: str | None = None,
         store: str | os.PathLike[str] | None = None,
         config: Any = None,
+        prefix_store: PrefixStore | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         core = pager._core
         if pager.closed:
@@ -105,6 +119,9 @@ class KVCache(DynamicCache):  # type: ignore[misc]
             Cache.__init__(self, layers=layers)
         else:
             Cache.__init__(self, layer_class_to_replicate=self._next_layer)
+        self._fingerprint = fingerprint if fingerprint is not None or model is None else Fingerprint(model)
+        self._model = None if model is None else weakref.ref(model)
+        self._reuse = None if prefix_store is None else self._make_reuse(prefix_store)
         pager._attach_cache(self, self._sweep)
 
     def _layers_of(self, config: Any) -> list[Any]:
@@ -128,6 +145,117 @@ class KVCache(DynamicCache):  # type: ignore[misc]
 
     def _next_layer(self) -> PagedLayer:
         return PagedLayer(self._space, self._sweep, len(self.layers))
+
+    # -- prefixes
+
+    def _make_reuse(self, store: PrefixStore) -> PrefixReuse:
+        kinds = [type(layer).__name__ for layer in self.layers if not isinstance(layer, PagedLayer)]
+        if kinds or not self.layers or getattr(self._config, "is_encoder_decoder", False):
+            why = "has keys that depend on more than tokens"
+            if kinds or not self.layers:
+                why = f"keeps more than keys and values ({kinds[0]})" if kinds else "has no configuration of its layers"
+            self._core.close()
+            msg = f"prefixes can't be stored for this model, which {why}"
+            raise PagedTensorError(msg)
+        reuse = PrefixReuse(store, self._paged, self._facts, self._make_pace)
+        for layer in self._paged:
+            layer.kept_from = 0 if layer.is_sliding else None
+        self._sweep.on_pass = self._passed
+        return reuse
+
+    def _passed(self, added: int, seconds: float) -> None:
+        assert self._reuse is not None
+        length = self.get_seq_length()
+        self._reuse.pace.passed(length - added, length, seconds)
+
+    def _facts(self) -> dict[str, object]:
+        """What keys and values depend on beside tokens."""
+        fingerprint = self._fingerprint.value if isinstance(self._fingerprint, Fingerprint) else self._fingerprint
+        if not fingerprint:
+            msg = "the model has no fingerprint: give KVCache(fingerprint=...)"
+            raise PagedTensorError(msg)
+        kind = self._space.device.type
+        autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        model = self._model() if self._model is not None else None
+        return {"model": fingerprint, "dtype": str(getattr(model, "dtype", None)), "autocast": autocast}
+
+    def _make_pace(self) -> Pace:
+        model = self._model() if self._model is not None else None
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        looked_up = getattr(embeddings, "weight", None)  # a table is not multiplied by, unless it is tied
+        weights = sum(
+            parameter.numel()
+            for parameter in (model.parameters() if model is not None else ())
+            if parameter.dim() > 1 and parameter is not looked_up
+        )
+        config = self._config.get_text_config(decoder=True)
+        heads = getattr(config, "num_attention_heads", 0)
+        size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(1, heads)
+        return Pace(2.0 * weights, 4.0 * heads * size * len(self._paged))
+
+    def load_prefix(
+        self, token_ids: Any, *, attention_mask: Any = None, context: str = "", choose: str = "cheaper"
+    ) -> int:
+        """Fill the empty cache with what is stored of these prompts, and return how many tokens that were.
+
+        generate() and forward then compute the others. token_ids: [rows, tokens] or [tokens], of the prompts without
+        padding; attention_mask, if given, has to say so. At least one token is left to compute. With several rows, the
+        blocks that all of them have.
+
+        choose: "cheaper" loads as much as makes the first token come soonest (`prefix_plan` tells why), "longest" all
+        that is stored. context: whatever else the keys depend on, such as images, soft prompts, or the adapter that is
+        switched on; what is saved with one is found with that one only.
+
+        What is loaded is what was saved, bit for bit, or it is computed: damaged blocks are deleted. (A prompt that is
+        computed in one pass or in several may differ in its last bits; so may one that was saved by another.)
+
+        PagedTensorError when the cache is not empty, without a prefix_store, for padding and for token_ids of another
+        form; IoError, ClosedError.
+        """
+        reuse, tokens = self._prefix_arguments(token_ids, attention_mask)
+        if choose not in ("cheaper", "longest"):
+            msg = f"choose is {choose!r}; it must be 'cheaper' or 'longest'"
+            raise ValueError(msg)
+        if self.get_seq_length() > 0:
+            msg = f"the cache has {self.get_seq_length()} tokens already: a prefix comes first; reset() it"
+            raise PagedTensorError(msg)
+        self._sweep.forget()
+        return reuse.load(tokens, context, longest=choose == "longest")
+
+    def save_prefix(self, token_ids: Any, *, attention_mask: Any = None, context: str = "") -> int:
+        """Store the finished blocks of these prompts that are not stored yet, and return how many they are.
+
+        token_ids: of all tokens that the cache has seen, or more: what generate() returned. What does not fit into the
+        store's budget is not stored; less worthy blocks are evicted for it. attention_mask, context: as for
+        load_prefix(). PagedTensorError, IoError (a full drive: nothing is stored, and what was stored is whole),
+        ClosedError.
+        """
+        reuse, tokens = self._prefix_arguments(token_ids, attention_mask)
+        self._sweep.leave()
+        return reuse.save(tokens, context)
+
+    @property
+    def prefix_plan(self) -> PrefixPlan | None:
+        """What load_prefix() chose between the last time; None when it had no choice, or did not know yet how fast
+        loading and computing are."""
+        return None if self._reuse is None else self._reuse.plan
+
+    def _prefix_arguments(self, token_ids: Any, attention_mask: Any) -> tuple[PrefixReuse, torch.Tensor]:
+        if self._reuse is None:
+            msg = "there is no store of prefixes: give KVCache(prefix_store=PrefixStore(directory))"
+            raise PagedTensorError(msg)
+        if self.closed:
+            msg = "the KV cache is closed"
+            raise ClosedError(msg)
+        tokens = torch.as_tensor(token_ids)
+        tokens = tokens[None] if tokens.dim() == 1 else tokens
+        if tokens.dim() != len(("rows", "tokens")) or tokens.is_floating_point() or tokens.numel() == 0:
+            msg = f"token_ids are numbers [rows, tokens], not {tokens.dtype} {list(tokens.shape)}"
+            raise PagedTensorError(msg)
+        if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
+            msg = "these prompts are padded: positions, and so keys, are others than those of the same tokens alone"
+            raise PagedTensorError(msg)
+        return self._reuse, tokens
 
     # -- facts
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensorpager.device import stream_getter
 from tensorpager.errors import PagedTensorError
 from tensorpager.fake_pass import is_copying
 from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
     from tensorpager.kv_sweep import Sweep
 
-__all__ = ["PagedLayer", "RecordSpace"]
+__all__ = ["PagedLayer", "RecordForm", "RecordSpace"]
 
 #: Vector kernels, and MKL's choice among them, look at addresses modulo this.
 _ROW_ALIGN_BYTES = 16
@@ -54,6 +55,8 @@ class RecordSpace:
     def __init__(self, core: Core, max_tokens: int) -> None:
         self.core = core
         self.max_tokens = max_tokens
+        on_host = stream_getter(core) is None
+        self.device = torch.device("cpu") if on_host else torch.device("cuda", core.device)
         self._free: list[tuple[int, int]] = []  # (size in bytes, address)
 
     def take(self, size_bytes: int) -> tuple[int, int]:
@@ -73,8 +76,8 @@ class RecordSpace:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What a record is made of. Sizes in elements."""
+class RecordForm:
+    """What a record is made of: keys of all rows, [batch, heads, size], then values."""
 
     batch: int
     key_heads: int
@@ -84,7 +87,8 @@ class _Form:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> _Form:
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> RecordForm:
+        """Of keys and values [batch, heads, tokens, size]. PagedTensorError."""
         of_four = keys.dim() == values.dim() == len(("batch", "heads", "tokens", "size"))
         if not of_four or keys.shape[0] != values.shape[0] or keys.dtype != values.dtype:
             msg = (
@@ -96,18 +100,22 @@ class _Form:
 
     @property
     def key_elements(self) -> int:
+        """Of all rows."""
         return self.batch * self.key_heads * self.key_size
 
     @property
     def elements(self) -> int:
+        """Of a record."""
         return self.key_elements + self.batch * self.value_heads * self.value_size
 
     @property
     def size_bytes(self) -> int:
+        """Of a record."""
         return self.elements * self.dtype.itemsize
 
     @property
     def is_aligned(self) -> bool:
+        """Whether every head's row starts at a multiple of 16 bytes."""
         sizes = (self.key_size * self.dtype.itemsize, self.value_size * self.dtype.itemsize)
         return all(size % _ROW_ALIGN_BYTES == 0 for size in sizes)
 
@@ -123,7 +131,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._space = space
         self._sweep = sweep
         self._track = sweep.track(number, f"layer {number} of a KV cache")
-        self._form: _Form | None = None
+        self._form: RecordForm | None = None
         self._region = (0, 0)  # address, size in bytes
         self._keys: PagedTensor | None = None  # all records there are addresses for
         self._values: PagedTensor | None = None
@@ -135,6 +143,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_sliding = sliding_window is not None
         self.sliding_window = sliding_window
         self.record_past = False
+        #: Tokens from this one on are kept even where a sliding window is past them: they are still to be saved.
+        self.kept_from: int | None = None
 
     def __repr__(self) -> str:
         kind = f", window of {self.sliding_window}" if self.is_sliding else ""
@@ -144,11 +154,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take addresses for tensors of this form. PagedTensorError; MemoryMapError, ClosedError."""
-        form = _Form.of(key_states, value_states)
-        on_host = self._track.window.stream is None
-        where = torch.device("cpu") if on_host else torch.device("cuda", self._space.core.device)
-        if key_states.device != where:
-            msg = f"this KV cache is paged on {where}, and was given keys on {key_states.device}"
+        form = RecordForm.of(key_states, value_states)
+        if key_states.device != self._space.device:
+            msg = f"this KV cache is paged on {self._space.device}, and was given keys on {key_states.device}"
             raise PagedTensorError(msg)
         if form != self._form:
             self._place(form, self._tokens_wanted(key_states.shape[2]))
@@ -168,7 +176,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             raise PagedTensorError(msg)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        form = _Form.of(key_states, value_states)
+        form = RecordForm.of(key_states, value_states)
         if form != self._form:
             msg = f"the layer holds {self._form}, and was given {form}: use one cache for one batch, or reset() it"
             raise PagedTensorError(msg)
@@ -249,6 +257,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = False
         self._rows = None
         self._length = self._origin = self._dropped_pages = 0
+        self.kept_from = None if self.kept_from is None else 0
         self._track.first = self._track.end = 0
         if self._region[1] > 0:
             self._space.core.discard(*self._region)
@@ -275,6 +284,45 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def prefetch(self) -> None:
         """Nothing: pages come by themselves."""
+
+    # -- what is stored elsewhere
+
+    @property
+    def form(self) -> RecordForm | None:
+        """What a token's record is made of; None before the first update()."""
+        return self._form
+
+    def begin_restore(self, form: RecordForm, first: int, end: int) -> None:
+        """Be a layer that has seen `end` tokens, of which those from `first` on are about to be written by records().
+
+        first: 0, or what a sliding window is past. MemoryMapError, ClosedError.
+        """
+        self.reset()
+        self._place(form, max(self._tokens_wanted(end - first), end - first))
+        self.dtype, self.device = form.dtype, self._space.device
+        self._origin, self._length = first, end
+        self._track.first, self._track.end = self._first - first, end - first
+        self.is_initialized = True
+
+    def records(self, row: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, end - begin, size] of a row's tokens begin .. end - 1: views of the pages, which come
+        in as they are used. Rows that are to move have to have moved (settle())."""
+        assert self._keys is not None
+        assert self._values is not None
+        span = slice(begin - self._origin, end - self._origin)
+        return self._keys[row, :, span], self._values[row, :, span]
+
+    def settle(self) -> None:
+        """Move rows now that are to move."""
+        if self._rows is not None:
+            self._seen()
+            self._sweep.leave()
+
+    def saved_until(self, end: int) -> None:
+        """Tokens before this one need not be kept for anybody but attention."""
+        if self.kept_from is not None and end > self.kept_from:
+            self.kept_from = end
+            self._drop_past()
 
     # -- an ordinary copy
 
@@ -308,6 +356,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def record_bytes(self) -> int:
         """Of one token; 0 before the first update()."""
         return 0 if self._form is None else self._form.size_bytes
+
+    @property
+    def stored_from(self) -> int:
+        """The first token that is still there."""
+        return self._first if self.kept_from is None else min(self._first, max(self.kept_from, self._origin))
 
     @property
     def tokens_stored(self) -> int:
@@ -355,7 +408,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """The records there are, those that begin in one page at a time."""
         end, page_bytes = self._length - self._origin, self._space.core.page_bytes
-        begin = self._first - self._origin
+        begin = self.stored_from - self._origin
         while begin < end:
             page = begin * self.record_bytes // page_bytes
             following = -(-(page + 1) * page_bytes // self.record_bytes)
@@ -365,11 +418,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _take_rows(self, rows: torch.Tensor) -> None:
         assert self._form is not None
         self._enter(0)  # rows that are to move do it first
-        form = _Form(len(rows), *(getattr(self._form, name) for name in list(_Form.__dataclass_fields__)[1:]))
+        form = RecordForm(len(rows), *(getattr(self._form, name) for name in list(RecordForm.__dataclass_fields__)[1:]))
         self._relocate(form, self._tokens_wanted(0), rows.to(self.device))
 
     def _tokens_wanted(self, count: int) -> int:
-        if self.sliding_window is not None:
+        if self.sliding_window is not None and self.kept_from is None:
             return 4 * self.sliding_window + count
         return max(self._space.max_tokens, 2 * (self._length + count))
 
@@ -386,7 +439,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_sliding:
             return
         page_bytes = self._space.core.page_bytes
-        past = (self._first - self._origin) * self.record_bytes // page_bytes
+        past = (self.stored_from - self._origin) * self.record_bytes // page_bytes
         if past > self._dropped_pages:
             if self._sweep.is_at(self._track):
                 self._sweep.leave()
@@ -394,11 +447,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self._space.core.discard(begin, (past - self._dropped_pages) * page_bytes)
             self._dropped_pages = past
 
-    def _relocate(self, form: _Form, capacity: int, rows: torch.Tensor | None) -> None:
+    def _relocate(self, form: RecordForm, capacity: int, rows: torch.Tensor | None) -> None:
         """Move what is there to another region, as records of another form, or where more of them have room."""
         self._sweep.leave()
         region, keys, values, pieces = self._region, self._keys, self._values, list(self._pieces())
-        first, origin = self._first, self._origin
+        first, origin = self.stored_from, self._origin
         self._region = (0, 0)
         self._place(form, capacity)
         self._origin = first
@@ -413,7 +466,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._track.first, self._track.end = self._first - self._origin, self._length - self._origin
         self._space.give_back(*region)
 
-    def _place(self, form: _Form, capacity: int) -> None:
+    def _place(self, form: RecordForm, capacity: int) -> None:
         """Records of this form from now on, in a new region. Those of before are given up."""
         if self._region[1] > 0:
             self._sweep.leave()
@@ -442,7 +495,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _view_of(
-    form: _Form, size: tuple[int, int], capacity: int
+    form: RecordForm, size: tuple[int, int], capacity: int
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], torch.dtype]:
     """Shape, strides and dtype of all keys, or of all values."""
     heads, row = size

@@ -15,7 +15,9 @@ Threads: one at a time. Blocking: enter() waits for the drive.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +94,9 @@ class Sweep:
         self._held: list[_Held] = []
         self._thread_id: int | None = None
         self._last_number = -1
+        self._began: tuple[float, int] | None = None  # when this pass did, and tokens that it adds
+        #: Told of each pass whose end is known: tokens that it added, and seconds.
+        self.on_pass: Callable[[int, float], None] | None = None
         self._planned: tuple[tuple[int, int, int], ...] = ()
         self.schedule: PageSchedule | None = None
         self.plan_failure: str | None = None
@@ -106,8 +111,12 @@ class Sweep:
 
     def forward_ends(self) -> None:
         """The forward of a model has ended in this thread: let go of the last layer that this thread has entered."""
-        if self._thread_id == threading.get_ident():
-            self.leave()
+        if self._thread_id != threading.get_ident():
+            return
+        self.leave()
+        began, self._began = self._began, None
+        if began is not None and self.on_pass is not None:
+            self.on_pass(began[1], time.perf_counter() - began[0])
 
     def is_at(self, track: Track) -> bool:
         """Whether the layer was entered last, and not left."""
@@ -123,6 +132,8 @@ class Sweep:
         if track.number <= self._last_number:
             self._core.begin_pass()
             self._plan(added)
+        if track.number <= self._last_number or self._last_number < 0:
+            self._began = (time.perf_counter(), added)
         self._last_number = track.number
         set_id, page_count, _ = self._set(track, added)
         self._current = track
@@ -151,6 +162,7 @@ class Sweep:
         self.leave()
         self._planned = ()
         self._last_number = -1
+        self._began = None
         self.schedule = None
         self._core.clear_schedule()
 
