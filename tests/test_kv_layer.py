@@ -247,8 +247,9 @@ def test_what_is_refused(made: list[Layers]) -> None:
     keys = torch.randn(2, 4, 3, 64)
     with pytest.raises(tp.PagedTensorError, match="no gradients"):
         layer.update(keys.clone().requires_grad_(), keys)
-    with pytest.raises(tp.PagedTensorError, match=r"\[batch, heads, tokens, size\]"):
-        layer.update(keys[0], keys[0])
+    for wrong in ((keys[0], keys[0]), (keys, keys[:1]), (keys, keys[:, :, :2])):
+        with pytest.raises(tp.PagedTensorError, match=r"\[batch, heads, tokens, size\]"):
+            layer.update(*wrong)
     with pytest.raises(tp.PagedTensorError, match="paged on cpu"):
         layer.update(keys.to("meta"), keys.to("meta"))
     layer.update(keys, keys)

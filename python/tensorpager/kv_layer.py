@@ -21,7 +21,7 @@ Threads: one at a time. Blocking: whatever looks at keys or values may wait for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,47 +77,71 @@ class RecordSpace:
 
 @dataclass(frozen=True)
 class RecordForm:
-    """What a record is made of: keys of all rows, [batch, heads, size], then values."""
+    """What a record is made of: keys of all rows, [batch, heads, size], then values, each from a multiple of 16 bytes.
+
+    Under autocast keys and values may be of different dtypes.
+    """
 
     batch: int
     key_heads: int
     key_size: int
+    key_dtype: torch.dtype
     value_heads: int
     value_size: int
-    dtype: torch.dtype
+    value_dtype: torch.dtype
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> RecordForm:
         """Of keys and values [batch, heads, tokens, size]. PagedTensorError."""
         of_four = keys.dim() == values.dim() == len(("batch", "heads", "tokens", "size"))
-        if not of_four or keys.shape[0] != values.shape[0] or keys.dtype != values.dtype:
+        if not of_four or keys.shape[0] != values.shape[0] or keys.shape[2] != values.shape[2]:
             msg = (
-                f"a paged layer keeps keys and values as [batch, heads, tokens, size] of one dtype, not "
-                f"{list(keys.shape)} of {keys.dtype} and {list(values.shape)} of {values.dtype}"
+                "a paged layer keeps keys and values as [batch, heads, tokens, size] of the same tokens, not "
+                f"{list(keys.shape)} and {list(values.shape)}"
             )
             raise PagedTensorError(msg)
-        return cls(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+        return cls(
+            keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, values.shape[1], values.shape[3], values.dtype
+        )
 
     @property
-    def key_elements(self) -> int:
-        """Of all rows."""
-        return self.batch * self.key_heads * self.key_size
-
-    @property
-    def elements(self) -> int:
-        """Of a record."""
-        return self.key_elements + self.batch * self.value_heads * self.value_size
+    def values_at_bytes(self) -> int:
+        """Where the values begin in a record."""
+        return _aligned(self.batch * self.key_heads * self.key_size * self.key_dtype.itemsize)
 
     @property
     def size_bytes(self) -> int:
         """Of a record."""
-        return self.elements * self.dtype.itemsize
+        values_bytes = self.batch * self.value_heads * self.value_size * self.value_dtype.itemsize
+        return self.values_at_bytes + _aligned(values_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row's keys and values take, without what lies between them in a record."""
+        keys_bytes = self.key_heads * self.key_size * self.key_dtype.itemsize
+        return keys_bytes + self.value_heads * self.value_size * self.value_dtype.itemsize
 
     @property
     def is_aligned(self) -> bool:
         """Whether every head's row starts at a multiple of 16 bytes."""
-        sizes = (self.key_size * self.dtype.itemsize, self.value_size * self.dtype.itemsize)
+        sizes = (self.key_size * self.key_dtype.itemsize, self.value_size * self.value_dtype.itemsize)
         return all(size % _ROW_ALIGN_BYTES == 0 for size in sizes)
+
+    def views(self, core: Core, address: int, capacity: int, backing: Backing) -> tuple[PagedTensor, PagedTensor]:
+        """All keys and all values of so many records, [batch, heads, capacity, size]. Reads nothing."""
+        made = []
+        for offset, heads, size, dtype in (
+            (0, self.key_heads, self.key_size, self.key_dtype),
+            (self.values_at_bytes, self.value_heads, self.value_size, self.value_dtype),
+        ):
+            shape = (self.batch, heads, capacity, size)
+            strides = (heads * size, size, self.size_bytes // dtype.itemsize, 1)
+            made.append(make_paged(tensor_at(core, address + offset, shape, strides, dtype), backing))
+        return made[0], made[1]
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ROW_ALIGN_BYTES) * _ROW_ALIGN_BYTES
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -299,7 +323,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         self.reset()
         self._place(form, max(self._tokens_wanted(end - first), end - first))
-        self.dtype, self.device = form.dtype, self._space.device
+        self.dtype, self.device = form.key_dtype, self._space.device
         self._origin, self._length = first, end
         self._track.first, self._track.end = self._first - first, end - first
         self.is_initialized = True
@@ -346,8 +370,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self._form is not None
         form, tokens = self._form, self.tokens_stored
         return (
-            torch.empty(form.batch, form.key_heads, tokens, form.key_size, dtype=form.dtype, device=self.device),
-            torch.empty(form.batch, form.value_heads, tokens, form.value_size, dtype=form.dtype, device=self.device),
+            torch.empty(form.batch, form.key_heads, tokens, form.key_size, dtype=form.key_dtype, device=self.device),
+            torch.empty(
+                form.batch, form.value_heads, tokens, form.value_size, dtype=form.value_dtype, device=self.device
+            ),
         )
 
     # -- records
@@ -418,7 +444,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _take_rows(self, rows: torch.Tensor) -> None:
         assert self._form is not None
         self._enter(0)  # rows that are to move do it first
-        form = RecordForm(len(rows), *(getattr(self._form, name) for name in list(RecordForm.__dataclass_fields__)[1:]))
+        form = replace(self._form, batch=len(rows))
         self._relocate(form, self._tokens_wanted(0), rows.to(self.device))
 
     def _tokens_wanted(self, count: int) -> int:
@@ -480,26 +506,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         backing = Backing(core, track.window.name)
         backing.windows.append(track.window)
         with torch.inference_mode(False):  # or they could not be written to outside of it
-            self._keys, self._values = (
-                make_paged(
-                    tensor_at(
-                        core, track.address + offset * form.dtype.itemsize, *_view_of(form, size, track.capacity)
-                    ),
-                    backing,
-                )
-                for offset, size in (
-                    (0, (form.key_heads, form.key_size)),
-                    (form.key_elements, (form.value_heads, form.value_size)),
-                )
-            )
-
-
-def _view_of(
-    form: RecordForm, size: tuple[int, int], capacity: int
-) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], torch.dtype]:
-    """Shape, strides and dtype of all keys, or of all values."""
-    heads, row = size
-    return (form.batch, heads, capacity, row), (heads * row, row, form.elements, 1), form.dtype
+            self._keys, self._values = form.views(core, track.address, track.capacity, backing)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

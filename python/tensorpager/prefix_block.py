@@ -60,9 +60,10 @@ class Part:
     checksum: str
     key_heads: int
     key_size: int
+    key_dtype: str  # of torch: "bfloat16"
     value_heads: int
     value_size: int
-    dtype: str  # of torch: "bfloat16"
+    value_dtype: str
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def _checked(content: Any, end_bytes: int) -> BlockHeader:
         for part in parts:
             numbers += [part.layer, part.offset_bytes, part.size_bytes]
             numbers += [part.key_heads, part.key_size, part.value_heads, part.value_size]
+            sound_names = isinstance(part.key_dtype, str) and isinstance(part.value_dtype, str)
+            numbers += [] if sound_names else [-1]
         sound = all(type(number) is int and 0 <= number <= _PART_BYTES_MAX for number in numbers)
     except (KeyError, TypeError, ValueError) as error:
         msg = f"its header lacks something: {error!r}"

@@ -185,7 +185,7 @@ class PrefixReuse:
         if header.tokens != self._store.block_tokens or len(header.parts) != len(self._layers):
             return False
         return all(
-            part.layer == number and part.size_bytes == header.tokens * _form_of(part, 1).size_bytes > 0
+            part.layer == number and part.size_bytes == header.tokens * _form_of(part, 1).row_bytes > 0
             for number, part in enumerate(header.parts)
         )
 
@@ -300,9 +300,9 @@ class PrefixReuse:
         for number, layer in enumerate(self._layers):
             form = layer.form
             assert form is not None
-            size_bytes = tokens * form.size_bytes // form.batch
-            sizes = (form.key_heads, form.key_size, form.value_heads, form.value_size)
-            parts.append(Part(number, 0, size_bytes, "", *sizes, str(form.dtype).removeprefix("torch.")))
+            of_keys = (form.key_heads, form.key_size, _name_of(form.key_dtype))
+            of_values = (form.value_heads, form.value_size, _name_of(form.value_dtype))
+            parts.append(Part(number, 0, tokens * form.row_bytes, "", *of_keys, *of_values))
         return laid_out(parent, tokens, parts)
 
     def _seconds(self, index: int) -> float:
@@ -349,22 +349,29 @@ def _for_rows(rate: ComputeRate, rows: int) -> ComputeRate:
     )
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    """complex128, which no layer is of, for what is none."""
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.complex128
+
+
 def _form_of(part: Part, batch: int) -> RecordForm:
-    dtype = getattr(torch, part.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        dtype = torch.uint8  # no layer is of that: it fits nowhere
-    return RecordForm(batch, part.key_heads, part.key_size, part.value_heads, part.value_size, dtype)
+    of_keys = (part.key_heads, part.key_size, _dtype_of(part.key_dtype))
+    return RecordForm(batch, *of_keys, part.value_heads, part.value_size, _dtype_of(part.value_dtype))
 
 
 def _split(payload: memoryview, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
     """A part's keys and values, [tokens, heads, size] each, over its bytes."""
-    flat = torch.frombuffer(payload, dtype=getattr(torch, part.dtype))
-    tokens = flat.numel() // (part.key_heads * part.key_size + part.value_heads * part.value_size)
-    keys = tokens * part.key_heads * part.key_size
-    return (
-        flat[:keys].view(tokens, part.key_heads, part.key_size),
-        flat[keys:].view(tokens, part.value_heads, part.value_size),
-    )
+    form = _form_of(part, 1)
+    tokens = len(payload) // form.row_bytes
+    keys_bytes = tokens * form.key_heads * form.key_size * form.key_dtype.itemsize
+    keys = torch.frombuffer(payload[:keys_bytes], dtype=form.key_dtype)
+    values = torch.frombuffer(payload[keys_bytes:], dtype=form.value_dtype)
+    return keys.view(tokens, form.key_heads, form.key_size), values.view(tokens, form.value_heads, form.value_size)
 
 
 def _aligned(size_bytes: int) -> int:
