@@ -105,4 +105,5 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip(f"{LIBRARY} is built by `make test-cpp`")
     monkeypatch.setattr("tensorpager.pager.make_core", make_standin_core)
     monkeypatch.setattr("tensorpager.pretrained.make_core", make_standin_core)
+    monkeypatch.setattr("tensorpager.kv_cache.make_core", make_standin_core)
     return

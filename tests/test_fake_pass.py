@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -247,3 +248,29 @@ def test_an_error_of_the_models_own_comes_out_of_the_real_pass() -> None:
         with torch.no_grad():
             assert torch.equal(net(some_ids()), twin(some_ids()))
         assert pager.stats()["pinned_pages"] == 0
+
+
+class FakeFailure(torch.nn.Module):
+    """Its float32 experts have a kernel, and no rule for fake tensors (torch 2.13)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(2, 512, 512))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._grouped_mm(x, self.weight, offs=torch.tensor([4, 8], dtype=torch.int32))
+
+
+def test_what_fails_on_fake_tensors_is_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    model = FakeFailure()
+    x = torch.randn(8, 512)
+    with torch.no_grad():
+        expected = model(x)
+        with tp.page(model, budget=BUDGET) as pager:
+            assert torch.equal(model(x), expected)
+            failure = pager.stats()["trace_failure"]
+    if failure is None:
+        pytest.skip("this torch has a rule for it")
+    assert "_grouped_mm" in failure or "BF16" in failure
+    assert not caplog.records
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 import tensorpager as tp
 from tensorpager import op_rules
-from tensorpager.paged_tensor import PagedTensor
+from tensorpager.paged_tensor import PagedTensor, data_set_by_value
 from torch_models import BUDGET, Net, brought_in, core_of, evict, make_net, resident_pages_of, some_ids
 
 Pair = tuple[Net, Net, tp.Pager]
@@ -337,6 +337,23 @@ def test_memory_outside_of_the_space_is_refused(pair: Pair) -> None:
     assert type(paged.to(torch.float16)) is torch.Tensor
     paged.data = paged.data[:]
     assert torch.equal(paged, ordinary)
+
+
+def test_a_loader_may_set_data_by_value(pair: Pair) -> None:
+    paged, _ = a_weight(pair)
+    pager = pair[2]
+    address = paged.data_ptr()
+    with data_set_by_value():
+        paged.data = torch.full((2048, 512), 3.0)
+        with pytest.raises(tp.PagedTensorError, match="permanent address"):
+            paged.data = torch.zeros(2048, 511)
+        written = pager.stats()["bytes_written"]
+        paged.data = paged.data.clone()  # the same values: not even modified
+    assert paged.data_ptr() == address
+    assert bool((paged == 3).all())
+    assert pager.stats()["bytes_written"] == written
+    with pytest.raises(tp.PagedTensorError, match="permanent address"):
+        paged.data = torch.zeros(2048, 512)
 
 
 def test_gradients_through_absent_weights_are_right(pair: Pair) -> None:

@@ -34,6 +34,7 @@ NOUNS_OF_THEIR_OWN = {
     "distributed": "training by several ranks: ranks.py, joint_commit.py, shards.py, data_parallel.py",
     "examples": "the programs in examples/",
     "failure": "every result of the kernel failing in turn, through all of csrc/pager",
+    "generation": "generate() and pipelines of transformers on paged models",
     "gpu_check": "bench/gpu_check.py and what it measures with",
     "gpu": "everything about a device, on a real one (gpu-marked)",
     "readme": "the example that README.md shows",

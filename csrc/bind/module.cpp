@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "bind/byte_tensor.hpp"
+#include "bind/checksum.hpp"
 #include "bind/file_transfers.hpp"
 #include "bind/graphs.hpp"
 #include "bind/interrupted.hpp"
@@ -438,6 +439,7 @@ void bind_pager_facts(py::class_<Pager>& pager) {
           "pinnable_page_count", [](const Pager& self) { return self.residency().pinnable_pages(); },
           "Most pages that steps may hold at once: the frames less those kept for stray accesses.")
       .def_property_readonly("budget_bytes", &Pager::budget_bytes)
+      .def_property_readonly("spill_directory", &Pager::spill_directory, "Empty with a pagefile.")
       .def_property_readonly("transport", &Pager::transport,
                              "How pages of files get to the device: 'host' or 'cufile'; empty without a device.")
       .def_property_readonly("transport_reason", &Pager::transport_reason, "Why that one.")
@@ -526,6 +528,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.attr("EVENT_KINDS") = kinds;
   module.attr("PAGE_STATES") = states;
 
+  tp::bind_checksum(module);
   bind_probe(module);
   bind_region(module);
 

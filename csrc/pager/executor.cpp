@@ -120,11 +120,13 @@ bool Executor::decide() {
   const Follow outcome = follow_schedule();
   // Pages that the schedule was to bring, but does not: its turn has come and it can't (a victim still in use), it
   // passed the page over (no frame was worth less), or another thread has moved it back. Then on demand like any other.
-  // While it is full, it goes on with the next completion.
-  if (outcome != Follow::full) serve_waiters(Purpose::demand, true);
+  // While it is full, it goes on with the next completion; when there is none to come (a small host tier is full of
+  // pages that somebody waits for, and the next one is none of them), only those waiters can make room.
+  const bool stuck = outcome == Follow::full && !mover_->working();
+  if (outcome != Follow::full || stuck) serve_waiters(Purpose::demand, true);
   mover_->read_ahead();
   serve_waiters(Purpose::prefetch, true);
-  residency_.hungry = outcome == Follow::blocked || outcome == Follow::idle;
+  residency_.hungry = outcome == Follow::blocked || outcome == Follow::idle || stuck;
   return true;
 }
 

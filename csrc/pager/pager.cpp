@@ -106,6 +106,7 @@ Pager::Pager(const PagerOptions& options) : fork_generation_(fork_generation()) 
   count_forks();
   check_pagefile(options);
   pagefile_ = options.pagefile;
+  if (pagefile_ == nullptr) spill_directory_ = options.spill_directory;
   if (options.device) {
     make_device_tiers(options);
   } else {

@@ -157,6 +157,7 @@ class Pager {
   IoQueueCounters io_counters() const;  // since the start or reset_statistics()
   void reset_statistics();
   std::uint64_t spill_bytes() const;
+  const std::string& spill_directory() const noexcept { return spill_directory_; }
   std::uint64_t bytes_in_use_max() const;
   const CudaDevice* device() const noexcept { return device_.get(); }  // null on the host
   bool device_memory_is_host_memory() const noexcept { return device_memory_is_host_memory_; }
@@ -194,6 +195,7 @@ class Pager {
   std::size_t host_cache_frames_ = 0;  // of the tier beneath a device, less those for staging
   bool device_memory_is_host_memory_ = false;
   std::shared_ptr<CudaDevice> device_;
+  std::string spill_directory_;
   std::string transport_, transport_reason_;
   std::shared_ptr<AddressSpace> space_;
   HostAddressSpace* host_space_ = nullptr;  // space_, or

@@ -516,7 +516,8 @@ void Residency::wake() noexcept {
 
 void Residency::wake_if_hungry() {
   if (!hungry || !tape) return;
-  if (tape->catch_up_is_next()) {  // for want of a frame, which a release may have freed
+  const bool initial_is_next = tape->next_initial < tape->schedule().initial_pages().size();
+  if (initial_is_next || tape->catch_up_is_next()) {  // for want of a frame, which a release may have freed
     hungry = false;
     wake();
     return;

@@ -35,11 +35,13 @@ from tensorpager.errors import (
 
 if TYPE_CHECKING:
     from tensorpager.hardware import Hardware, profile
+    from tensorpager.kv_cache import KVCache
     from tensorpager.measured_hardware import this_machine
     from tensorpager.operator_trace import Trace
     from tensorpager.paged_tensor import PagedTensor
     from tensorpager.pager import Pager, page
     from tensorpager.planner import Budgets, plan
+    from tensorpager.prefix_store import PrefixStore
     from tensorpager.pretrained import from_pretrained
     from tensorpager.reorder import Choices
     from tensorpager.resumption import committed, resume
@@ -60,10 +62,12 @@ __all__ = [
     "ForkedProcessError",
     "Hardware",
     "IoError",
+    "KVCache",
     "MemoryMapError",
     "PagedTensor",
     "PagedTensorError",
     "Pager",
+    "PrefixStore",
     "RanksError",
     "Schedule",
     "TensorPagerError",
@@ -84,8 +88,10 @@ _HOME = {
     "Budgets": "tensorpager.planner",
     "Choices": "tensorpager.reorder",
     "Hardware": "tensorpager.hardware",
+    "KVCache": "tensorpager.kv_cache",
     "PagedTensor": "tensorpager.paged_tensor",
     "Pager": "tensorpager.pager",
+    "PrefixStore": "tensorpager.prefix_store",
     "from_pretrained": "tensorpager.pretrained",
     "Schedule": "tensorpager.schedule",
     "Trace": "tensorpager.operator_trace",

@@ -35,6 +35,7 @@ __all__: list[str] = [
     "probe_cufile",
     "probe_directory",
     "probe_engines",
+    "tree_checksum",
 ]
 
 class EngineCandidate:
@@ -572,6 +573,11 @@ class Pager:
         Why a device's quantised pages are made on the host; empty when they are not.
         """
     @property
+    def spill_directory(self) -> str:
+        """
+        Empty with a pagefile.
+        """
+    @property
     def transport(self) -> str:
         """
         How pages of files get to the device: 'host' or 'cufile'; empty without a device.
@@ -632,6 +638,11 @@ def probe_directory(directory: str) -> DirectoryFacts:
 def probe_engines() -> list[EngineCandidate]:
     """
     Engines, best first, each with its reason.
+    """
+
+def tree_checksum(bytes: typing_extensions.Buffer) -> int:
+    """
+    XXH3-64 of every 4 KiB, then of the hashes, and so on until one is left: base/tree_checksum.hpp. Bytes that differ in trailing zeros alone may have the same. ValueError.
     """
 
 EVENT_KINDS: list[str]

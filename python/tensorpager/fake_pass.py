@@ -14,6 +14,7 @@ What can't run on fake tensors raises TraceError; the caller then records a real
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ from tensorpager.windows import Hook, drop_abandoned_calls
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
 
-__all__ = ["record_on_fakes"]
+__all__ = ["is_copying", "record_on_fakes"]
 
 _one_at_a_time = threading.Lock()
 
@@ -68,7 +69,7 @@ def record_on_fakes(
     Raises TraceError when the model can't be run that way.
     """
     _refuse_foreign_hooks(model)
-    with _one_at_a_time, _random_state_kept():
+    with _one_at_a_time, _random_state_kept(), _no_word_of_failures():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         recorder = _FakeRun(core, mode)
         core.record_begin(True)
@@ -119,6 +120,31 @@ def _random_state_kept() -> Iterator[None]:
         torch.random.set_rng_state(torch_state)
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def _no_word_of_failures() -> Iterator[None]:
+    """torch logs an operator that can't run on fake tensors, at length and as an error. Here it is no error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+class _Copying(threading.local):
+    """Whether this thread makes the copies of a fake run."""
+
+    on = False
+
+
+_copying = _Copying()
+
+
+def is_copying() -> bool:
+    """Whether this thread copies a model's arguments to be run on fake tensors: shapes are all that is wanted."""
+    return _copying.on
 
 
 class _FakeCopies(TorchFunctionMode):
@@ -183,8 +209,14 @@ class _FakeRun:
         for tensor in (*model.parameters(), *model.buffers()):
             is_paged = type(tensor) is PagedTensor
             memo[id(tensor)] = tensor if is_paged else self._mode.from_tensor(tensor, static_shapes=True)
-        with self._mode, _FakeCopies(self._mode):
-            copies: tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] = copy.deepcopy((model, args, kwargs), memo)
+        _copying.on = True
+        try:
+            with self._mode, _FakeCopies(self._mode):
+                copies: tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] = copy.deepcopy(
+                    (model, args, kwargs), memo
+                )
+        finally:
+            _copying.on = False
         return copies
 
     # -- the guard's place

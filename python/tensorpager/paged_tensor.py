@@ -25,7 +25,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -47,6 +48,7 @@ __all__ = [
     "Held",
     "PagedTensor",
     "Tracer",
+    "data_set_by_value",
     "hold_arguments",
     "is_traced",
     "known_cores",
@@ -552,12 +554,39 @@ def _address(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     return _pass_through(func, args, kwargs)
 
 
+class _DataByValue(threading.local):
+    """Whether `p.data = value`, in this thread, gives p the values of a tensor of its form, not the memory."""
+
+    on = False
+
+
+_data_by_value = _DataByValue()
+
+
+@contextmanager
+def data_set_by_value() -> Iterator[None]:
+    """While active, this thread's `p.data = value` copies. For loaders, which assign what nobody else refers to."""
+    before, _data_by_value.on = _data_by_value.on, True
+    try:
+        yield
+    finally:
+        _data_by_value.on = before
+
+
 def _set_data(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     """`p.data = value`: nothing to do for itself, refused for memory outside, which no page-in would ever reach."""
     tensor, value = args
     if value is tensor:
         return None
     if type(tensor) is PagedTensor:
+        if _data_by_value.on and (value.shape, value.dtype, value.device) == (
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+        ):
+            if not torch.equal(tensor, value):
+                tensor.detach().copy_(value)
+            return None
         _refuse_replacement(tensor, value)
         _settle(tensor)
         tensor._tp_span = None

@@ -24,6 +24,7 @@ from tensorpager.data_parallel import WrapperHook, send_paged_states_in_pieces, 
 from tensorpager.device import HOST, Device, device_budget_bytes, device_number, move_buffers, refuse_inference_mode
 from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
 from tensorpager.joint_commit import JointCommits, StorePlace, create_store
+from tensorpager.kv_sweep import ForwardEndsHook, Sweep
 from tensorpager.moving import Group, collect, move_group
 from tensorpager.paged_tensor import PagedTensor, span_of
 from tensorpager.passes import PassDirector, RootEnterHook, RootLeaveHook
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tensorpager._core import Pagefile, Region
     from tensorpager._core import Pager as Core
     from tensorpager.graphs import PagedGraph
+    from tensorpager.kv_cache import KVCache
 
 __all__ = [
     "ModuleWindow",
@@ -82,6 +84,9 @@ class Pager:
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._committer: Committer | None = None
         self._activations: Activations | None = None
+        self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self._sweeps: weakref.WeakSet[Sweep] = weakref.WeakSet()  # of those
+        self._tells_sweeps = False
         #: What commit() was given, after resume(); None otherwise.
         self.state: Any = None
 
@@ -272,6 +277,15 @@ class Pager:
             raise PagedTensorError(msg)
         return self._committer.commit(state)
 
+    def _attach_cache(self, cache: KVCache, sweep: Sweep) -> None:
+        """The cache ends with the pager, and its sweep is told when a forward of the model ends."""
+        model = None if self._model is None else self._model()
+        if model is not None and not self._tells_sweeps:
+            self._tells_sweeps = True
+            model.register_forward_hook(ForwardEndsHook(self._sweeps), always_call=True)
+        self._caches.add(cache)
+        self._sweeps.add(sweep)
+
     def _certificate(self) -> dict[str, int | float] | None:
         schedule = self._director.schedule
         if schedule is None:
@@ -318,6 +332,8 @@ class Pager:
         drop_abandoned_calls()  # or the guard might still be off, and what follows would crash instead of raising
         if self._training is not None:
             self._training.updates.drop()
+        for cache in list(self._caches):
+            cache.close()
         self._core.close()
 
     def __enter__(self) -> Self:

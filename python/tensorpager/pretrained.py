@@ -29,7 +29,7 @@ from tensorpager.checkpoint import (
 from tensorpager.device import HOST, Device
 from tensorpager.errors import CheckpointError, PagedTensorError
 from tensorpager.experts import register_experts
-from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy, span_of
+from tensorpager.paged_tensor import Backing, PagedTensor, data_set_by_value, make_paged, ordinary_copy, span_of
 from tensorpager.pager import install, make_core
 from tensorpager.quantised import QuantisedWeights
 from tensorpager.spill import SpillArena, dense_strides, tensor_at
@@ -80,9 +80,10 @@ def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
     and must not change while the model lives. The model is built on the meta device and never materialised. budget,
     store, engine, page_bytes: as for `page()`. dtype: as in transformers, "auto" by default, which is what the files
     hold; weights in another dtype are converted into spill, on disk. variant: "fp16" for model.fp16.safetensors.
-    model_class: instead of the class that config.json names. Other keyword arguments go to the class's
-    `from_pretrained`, for instance attn_implementation="eager"; or experts_implementation="tensorpager", with which
-    only those experts of a mixture are brought in that are chosen (experts.py).
+    model_class: instead of the class that config.json names, a class of transformers or one of its auto classes. Other
+    keyword arguments go to the class's `from_pretrained`, for instance attn_implementation="eager"; or
+    experts_implementation="tensorpager", with which only those experts of a mixture are brought in that are chosen
+    (experts.py).
 
     Raises CheckpointError for a file that breaks the format, PagedTensorError for an argument that contradicts paging
     or a class transformers does not have, ImportError without transformers; BudgetError, IoError, EngineError,
@@ -99,7 +100,7 @@ def from_pretrained(  # noqa: PLR0913 (they are the user's, each with a default)
     checkpoint = open_checkpoint(directory, variant=variant)
     register_experts()
     config, kwargs = _load_config(directory, kwargs)
-    model_class = _model_class(config) if model_class is None else model_class
+    model_class = _model_class(config) if model_class is None else _concrete(model_class, config)
     core = make_core(budget, store, engine, page_bytes, device, host_budget)
     try:
         quantised_bytes = 0
@@ -129,11 +130,12 @@ def _load(
     """The model over the core's address space, the bytes that went to spill, and where each file lies."""
     arena = SpillArena(core)
     state_dict, regions = _paged_state_dict(core, checkpoint, arena)
-    with _assigned_tensors_moved(arena), _loading_in_this_thread():
+    with _assigned_tensors_moved(arena), _loading_in_this_thread(), data_set_by_value():
         model = model_class.from_pretrained(
             None, config=config, state_dict=state_dict, dtype="auto" if dtype is None else dtype, **kwargs
         )
     del state_dict
+    _parameters_of_their_own(model)
     _plain_buffers(model)
     return model, arena.size_bytes, regions
 
@@ -226,17 +228,29 @@ def _model_class(config: Any) -> type[Any]:
             "names; use a version that has it, or give model_class="
         )
         raise PagedTensorError(msg)
-    for mapping, auto_class in (
-        (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
-        (transformers.MODEL_MAPPING, transformers.AutoModel),
-    ):
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if type(config) in mapping:
-            concrete: Any = mapping[type(config)]
-            assert auto_class is not None
-            first: type[Any] = concrete[0] if isinstance(concrete, (tuple, list)) else concrete
-            return first
+            return _of_several(mapping[type(config)], config)
     msg = f"config.json names no architecture, and {type(config).__name__} has none; give model_class="
     raise PagedTensorError(msg)
+
+
+def _concrete(model_class: type[Any], config: Any) -> type[Any]:
+    """The class itself, or the one that an auto class (AutoModelForSeq2SeqLM, ...) has for the configuration."""
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is None:
+        return model_class
+    if type(config) not in mapping:
+        msg = f"{model_class.__name__} has no class for {type(config).__name__}; give another model_class="
+        raise PagedTensorError(msg)
+    return _of_several(mapping[type(config)], config)
+
+
+def _of_several(found: Any, config: Any) -> type[Any]:
+    """The one that the configuration names, of what an auto class's mapping holds: a class, or several."""
+    classes: list[type[Any]] = list(found) if isinstance(found, (tuple, list)) else [found]
+    names = config.architectures or []
+    return next((each for each in classes if each.__name__ in names), classes[0])
 
 
 # -- the state dict ----------------------------------------------------------------------------------------------------
@@ -334,6 +348,28 @@ def _loading_in_this_thread() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = before
+
+
+def _parameters_of_their_own(model: Any) -> None:
+    """Exchange parameters that are views of what the state dict held for such that are not.
+
+    The loader leaves views, whose own views torch takes for tensors without a gradient. matmul asks for that when it
+    chooses between mm and bmm, so the last bits would be others than those of an ordinary model.
+    """
+    made: dict[int, PagedTensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if not isinstance(parameter, PagedTensor):
+                continue
+            own = made.get(id(parameter))
+            if own is None:
+                assert parameter._tp_backing is not None
+                with torch._C.DisableTorchFunctionSubclass():
+                    plain = parameter.as_subclass(torch.Tensor)
+                own = make_paged(plain, parameter._tp_backing, parameter=True, requires_grad=parameter.requires_grad)
+                own.__dict__.update({key: value for key, value in vars(parameter).items() if key not in vars(own)})
+                made[id(parameter)] = own
+            module._parameters[name] = own
 
 
 def _plain_buffers(model: Any) -> None:
