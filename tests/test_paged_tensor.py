@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file, save_model
 
 import tensorpager as tp
 from tensorpager import op_rules
-from tensorpager.paged_tensor import PagedTensor, data_set_by_value
+from tensorpager.addresses import data_set_by_value
+from tensorpager.paged_tensor import PagedTensor
 from torch_models import BUDGET, Net, brought_in, core_of, evict, make_net, resident_pages_of, some_ids
 
 Pair = tuple[Net, Net, tp.Pager]

@@ -25,16 +25,14 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
 from tensorpager import op_rules
 from tensorpager.device import HOST, stream_getter
-from tensorpager.errors import BudgetError, ClosedError, PagedTensorError
-from tensorpager.safetensors_writer import copy_for_safetensors
+from tensorpager.errors import ClosedError, PagedTensorError
 
 if TYPE_CHECKING:
     from tensorpager._core import Pager as Core
@@ -48,7 +46,9 @@ __all__ = [
     "Held",
     "PagedTensor",
     "Tracer",
-    "data_set_by_value",
+    "guarded",
+    "handle",
+    "handle_instead",
     "hold_arguments",
     "is_traced",
     "known_cores",
@@ -56,10 +56,14 @@ __all__ = [
     "make_paged",
     "no_guard",
     "ordinary_copy",
+    "pass_through",
+    "plain_alias",
     "reads_bytes",
     "set_tracer",
+    "settle",
     "span_of",
     "streamed",
+    "throw_if_closed",
 ]
 
 Arguments = tuple[Any, ...]
@@ -170,11 +174,13 @@ class PagedTensor(torch.Tensor):
             return handler(func, args, kwargs or {})
         if len(types) > 1:
             return _with_other_subclasses(func, types, args, kwargs or {})
-        return _guarded(func, args, kwargs or {})
+        return guarded(func, args, kwargs or {})
 
     def set_(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Raises PagedTensorError. (torch does not route this one method through __torch_function__.)"""
-        raise _move_error(self, "set_")
+        from tensorpager.addresses import move_error
+
+        raise move_error(self, "set_")
 
 
 _ORDINARY_TYPES = frozenset({PagedTensor, torch.Tensor, torch.nn.Parameter})
@@ -282,7 +288,7 @@ def _hold(tensor: PagedTensor, held: Held | None) -> Held | None:
         held = Held()
     if held.size_bytes + size_bytes > backing.hold_bytes_max:
         held.too_large = True
-        _throw_if_closed(backing)
+        throw_if_closed(backing)
     elif size_bytes > 0:
         held.hold(backing, address, size_bytes)
     return held
@@ -299,7 +305,8 @@ def hold_arguments(values: Any, held: Held | None) -> Held | None:
     return held
 
 
-def _guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+def guarded(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    """The call, while all that its arguments span is resident."""
     held = hold_arguments(args, None)
     if kwargs:
         held = hold_arguments(kwargs.values(), held)
@@ -331,7 +338,7 @@ def leave_to_operator(operator: torch._ops.OpOverloadPacket) -> None:
 def _left_to_operator(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     for value in (*args, *kwargs.values()):
         if type(value) is PagedTensor:
-            _settle(value)
+            settle(value)
     return _call_unguarded(func, (), args, kwargs)
 
 
@@ -404,24 +411,25 @@ def _tell_written(tensor: PagedTensor) -> None:
 def _with_other_subclasses(func: Callable[..., Any], types: Sequence[type], args: Arguments, kwargs: Keywords) -> Any:
     """Another tensor subclass takes part: hold ours, hand over plain aliases, and let the other one's rules decide."""
     if all(kind in _ORDINARY_TYPES for kind in types):
-        return _guarded(func, args, kwargs)
+        return guarded(func, args, kwargs)
     held = hold_arguments((*args, *kwargs.values()), None)
     versions = _versions((*args, *kwargs.values())) if _writes_watched else []
     try:
-        return func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
+        return func(*plain_alias(args), **{name: plain_alias(value) for name, value in kwargs.items()})
     finally:
         _tell_changed(versions)
         if held is not None:
             held.release()
 
 
-def _plain(value: Any) -> Any:
+def plain_alias(value: Any) -> Any:
+    """Paged tensors as plain ones over the same bytes, those in lists too, which nobody guards; else the value."""
     kind = type(value)
     if kind is PagedTensor:
         with _NoGuard():
             return value.as_subclass(torch.Tensor)
     if kind is list or kind is tuple:
-        return kind(_plain(item) for item in value)
+        return kind(plain_alias(item) for item in value)
     return value
 
 
@@ -465,7 +473,7 @@ def _first_backing(values: Any) -> Backing | None:
     return None
 
 
-def _settle(tensor: PagedTensor) -> None:
+def settle(tensor: PagedTensor) -> None:
     """For what does not hold the tensor, and looks at its bytes, or writes to them, all the same."""
     backing = tensor._tp_backing
     if backing is not None and backing.update is not None:
@@ -474,7 +482,8 @@ def _settle(tensor: PagedTensor) -> None:
         backing.gradient.forget()
 
 
-def _throw_if_closed(backing: Backing | None) -> None:
+def throw_if_closed(backing: Backing | None) -> None:
+    """ClosedError for what is used after Pager.close()."""
     if backing is not None and backing.core.closed:
         msg = (
             f"'{backing.name}' was used after Pager.close(): its bytes are gone from memory. "
@@ -483,10 +492,11 @@ def _throw_if_closed(backing: Backing | None) -> None:
         raise ClosedError(msg)
 
 
-# -- handlers of functions that need something else than _guarded ------------------------------------------------------
+# -- handlers of functions that need something else than guarded ------------------------------------------------------
 
 
-def _pass_through(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+def pass_through(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    """The call, with the guard off and nothing held."""
     return _call_unguarded(func, (), args, kwargs)
 
 
@@ -500,7 +510,7 @@ def _is_contiguous(args: Arguments, kwargs: Keywords) -> bool:
 
 
 def _view_if_contiguous(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    return _view(func, args, kwargs) if _is_contiguous(args, kwargs) else _guarded(func, args, kwargs)
+    return _view(func, args, kwargs) if _is_contiguous(args, kwargs) else guarded(func, args, kwargs)
 
 
 def _is_basic_index(index: object) -> bool:
@@ -514,11 +524,11 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _resolve(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    return _guarded(func, args, kwargs) if _is_lazy(args[0]) else _view(func, args, kwargs)
+    return guarded(func, args, kwargs) if _is_lazy(args[0]) else _view(func, args, kwargs)
 
 
 def _get_item(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    return _view(func, args, kwargs) if _is_basic_index(args[1]) else _guarded(func, args, kwargs)
+    return _view(func, args, kwargs) if _is_basic_index(args[1]) else guarded(func, args, kwargs)
 
 
 def _conversion(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
@@ -539,167 +549,7 @@ def _convert(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any
     what = _conversion(func, args, kwargs)
     if what == "keep":
         return args[0]
-    return _pass_through(func, args, kwargs) if what == "describe" else _guarded(func, args, kwargs)
-
-
-def _address(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """Raw memory: absent, it traps, which is right but for system calls. After close() it must not be had."""
-    tensor = args[0]
-    _throw_if_closed(tensor._tp_backing)
-    _settle(tensor)
-    if func is torch.Tensor.data_ptr:
-        copy = copy_for_safetensors(tensor, sys._getframe(2), ordinary_copy)
-        if copy is not None:
-            return copy.data_ptr()
-    return _pass_through(func, args, kwargs)
-
-
-class _DataByValue(threading.local):
-    """Whether `p.data = value`, in this thread, gives p the values of a tensor of its form, not the memory."""
-
-    on = False
-
-
-_data_by_value = _DataByValue()
-
-
-@contextmanager
-def data_set_by_value() -> Iterator[None]:
-    """While active, this thread's `p.data = value` copies. For loaders, which assign what nobody else refers to."""
-    before, _data_by_value.on = _data_by_value.on, True
-    try:
-        yield
-    finally:
-        _data_by_value.on = before
-
-
-def _set_data(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """`p.data = value`: nothing to do for itself, refused for memory outside, which no page-in would ever reach."""
-    tensor, value = args
-    if value is tensor:
-        return None
-    if type(tensor) is PagedTensor:
-        if _data_by_value.on and (value.shape, value.dtype, value.device) == (
-            tensor.shape,
-            tensor.dtype,
-            tensor.device,
-        ):
-            if not torch.equal(tensor, value):
-                tensor.detach().copy_(value)
-            return None
-        _refuse_replacement(tensor, value)
-        _settle(tensor)
-        tensor._tp_span = None
-    return _pass_through(func, args, kwargs)
-
-
-def _may_replace(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """Module._apply asks whether a converted parameter can be put in place: the moment to refuse a conversion."""
-    tensor, value = args[0], args[1]
-    if type(tensor) is PagedTensor and value is not tensor:
-        _refuse_replacement(tensor, value)
-    return _pass_through(func, args, kwargs)
-
-
-def _refuse_replacement(tensor: PagedTensor, value: torch.Tensor) -> None:
-    backing = tensor._tp_backing
-    with _NoGuard():
-        stays = backing is None or (value.device == tensor.device and backing.core.contains(value.data_ptr()))
-        if stays or value.numel() == 0:
-            return
-        assert backing is not None
-        msg = (
-            f"'{backing.name}' is paged at a permanent address as {tensor.dtype} on {tensor.device}; it can't be "
-            f"replaced by a tensor of {value.dtype} on {value.device}. To change dtype or device, give dtype= to "
-            "from_pretrained(), or convert the model before page(), or close the pager and load the model again. To "
-            "change values, use p.data.copy_(values)"
-        )
-        raise PagedTensorError(msg)
-
-
-def _refuse_move(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    tensor = args[0]
-    if type(tensor) is not PagedTensor or tensor._tp_backing is None:
-        return _guarded(func, args, kwargs)
-    raise _move_error(tensor, getattr(func, "__name__", "this operation"))
-
-
-def _move_error(tensor: PagedTensor, operation: str) -> PagedTensorError:
-    name = tensor._tp_backing.name if tensor._tp_backing is not None else "a tensor"
-    return PagedTensorError(
-        f"'{name}': {operation}() would give the tensor other memory, but a paged tensor has one address for life. "
-        "Work on a copy (.clone()); worker processes can load the model on their own"
-    )
-
-
-def _to_numpy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    tensor = args[0]
-    with _NoGuard():
-        forced = bool(kwargs.get("force", False))
-        if tensor.requires_grad and not forced:
-            return func(*args, **kwargs)  # raises what it raises for every tensor
-    array = func(ordinary_copy(tensor).detach(), *args[1:], **kwargs)
-    array.flags.writeable = False  # a copy: what is written to it would be lost
-    return array
-
-
-def _to_dlpack(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    with _NoGuard():
-        if args[0].requires_grad:
-            return func(*args, **kwargs)  # raises what it raises for every tensor
-    return func(ordinary_copy(args[0]), *args[1:], **kwargs)
-
-
-def _deepcopy(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    tensor, memo = args
-    if id(tensor) in memo:
-        return memo[id(tensor)]
-    with _NoGuard():
-        if not tensor.is_leaf:
-            return func(*args, **kwargs)  # raises what it raises for every tensor
-    copy = ordinary_copy(tensor)
-    memo[id(tensor)] = copy
-    return copy
-
-
-def _reduce(_func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    return ordinary_copy(args[0]).__reduce_ex__(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
-
-
-def _format(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
-    tensor, specification = args
-    if tensor.dim() > 0 and not specification:
-        return _repr(torch.Tensor.__repr__, (tensor,), kwargs)
-    text: str = func(_plain(tensor) if tensor.dim() > 0 else ordinary_copy(tensor), specification)
-    return text
-
-
-def _repr(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> str:
-    """As for an ordinary tensor. On the host only the elements that are printed are touched and paged in.
-
-    On a device, where a kernel that touches what is absent ends the context, all of it is held.
-    """
-    tensor = args[0]
-    prefix = "Parameter containing:\n" if getattr(tensor, "_is_param", False) else ""
-    backing = tensor._tp_backing
-    closed = backing is not None and backing.core.closed
-    if not closed:
-        _settle(tensor)
-    try:
-        held = hold_arguments((tensor,), None) if backing is not None and backing.on_device and not closed else None
-    except BudgetError:
-        return f"{prefix}PagedTensor(larger than its budget, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
-    try:
-        with _NoGuard():
-            if closed:
-                return f"{prefix}PagedTensor(closed, shape={tuple(tensor.shape)}, dtype={tensor.dtype})"
-            is_leaf = tensor.is_leaf  # then without a grad_fn of the alias's own
-            plain_leaf = torch.Tensor._make_subclass(torch.Tensor, tensor, tensor.requires_grad) if is_leaf else None
-            text: str = func(tensor.as_subclass(torch.Tensor) if plain_leaf is None else plain_leaf, **kwargs)
-            return prefix + text
-    finally:
-        if held is not None:
-            held.release()
+    return pass_through(func, args, kwargs) if what == "describe" else guarded(func, args, kwargs)
 
 
 def _known(handler: Handler, owner: object, names: str) -> dict[Callable[..., Any], Handler]:
@@ -709,25 +559,15 @@ def _known(handler: Handler, owner: object, names: str) -> dict[Callable[..., An
 def _make_handlers() -> dict[Callable[..., Any], Handler]:
     handlers: dict[Callable[..., Any], Handler] = {}
     for functions, handler in (
-        (op_rules.METADATA, _pass_through),
+        (op_rules.METADATA, pass_through),
         (op_rules.VIEWS, _view),
         (op_rules.VIEWS_IF_CONTIGUOUS, _view_if_contiguous),
         (op_rules.CONVERSIONS, _convert),
-        (op_rules.ADDRESSES, _address),
     ):
         handlers.update(dict.fromkeys(functions, handler))
     handlers.update(_known(_get_item, torch.Tensor, "__getitem__"))
-    handlers.update(_known(_to_numpy, torch.Tensor, "numpy __array__"))
-    handlers.update(_known(_to_dlpack, torch.Tensor, "__dlpack__"))
-    handlers.update(_known(_deepcopy, torch.Tensor, "__deepcopy__"))
-    handlers.update(_known(_reduce, torch.Tensor, "__reduce_ex__"))
-    handlers.update(_known(_repr, torch.Tensor, "__repr__"))
-    handlers.update(_known(_format, torch.Tensor, "__format__"))
-    handlers.update(_known(_refuse_move, torch.Tensor, "resize_ resize_as_ share_memory_"))
-    handlers.update(_known(_may_replace, torch, "_has_compatible_shallow_copy_type"))
     handlers.update(_known(_resolve, torch.Tensor, "resolve_conj resolve_neg"))
     handlers.update(_known(_resolve, torch, "resolve_conj resolve_neg"))
-    handlers[torch.Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
     return handlers
 
 
@@ -740,7 +580,7 @@ def handle(func: Callable[..., Any], handler: Callable[[Arguments, Keywords], An
 
     def ask(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
         result = handler(args, kwargs)
-        return _guarded(func, args, kwargs) if result is NotImplemented else result
+        return guarded(func, args, kwargs) if result is NotImplemented else result
 
     _HANDLERS[func] = ask
     _ASK_FIRST.add(ask)
@@ -749,9 +589,19 @@ def handle(func: Callable[..., Any], handler: Callable[[Arguments, Keywords], An
 _ASK_FIRST: set[Handler] = set()
 
 
+def handle_instead(functions: Iterable[Callable[..., Any]], handler: Handler, *, reads: bool) -> None:
+    """From now on `handler` carries out the functions. reads: it holds its arguments, as a tracer is told."""
+    _HANDLERS.update(dict.fromkeys(functions, handler))
+    if not reads:
+        _READ_NOTHING.add(handler)
+
+
+_READ_NOTHING: set[Handler] = {pass_through, _left_to_operator, _view}
+
+
 def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> bool:
     """Whether the guard would hold the paged arguments of a call resident. For the tracer."""
-    handler = _HANDLERS.get(func, _guarded)
+    handler = _HANDLERS.get(func, guarded)
     if handler in _ASK_FIRST:
         return True
     if handler is _view_if_contiguous:
@@ -762,4 +612,4 @@ def reads_bytes(func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> 
         return _is_lazy(args[0])
     if handler is _convert:
         return _conversion(func, args, kwargs) == "copy"
-    return handler not in (_pass_through, _left_to_operator, _view, _address, _may_replace, _repr, _format)
+    return handler not in _READ_NOTHING

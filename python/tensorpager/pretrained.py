@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensorpager.addresses import data_set_by_value
 from tensorpager.checkpoint import (
     Checkpoint,
     CheckpointFile,
@@ -29,7 +30,7 @@ from tensorpager.checkpoint import (
 from tensorpager.device import HOST, Device
 from tensorpager.errors import CheckpointError, PagedTensorError
 from tensorpager.experts import register_experts
-from tensorpager.paged_tensor import Backing, PagedTensor, data_set_by_value, make_paged, ordinary_copy, span_of
+from tensorpager.paged_tensor import Backing, PagedTensor, make_paged, ordinary_copy, span_of
 from tensorpager.pager import install, make_core
 from tensorpager.quantised import QuantisedWeights
 from tensorpager.spill import SpillArena, dense_strides, tensor_at

@@ -12,8 +12,9 @@ from tensorpager.commit import kept_buffers, set_random_states
 from tensorpager.data_parallel import unwrapped
 from tensorpager.errors import PagedTensorError
 from tensorpager.joint_commit import JointCommits, StorePlace, joint_commit_number, open_decided
+from tensorpager.module_windows import make_windows
 from tensorpager.moving import Slot, collect, swap
-from tensorpager.pager import Pager, attach_training, checked_optimizers, make_core, make_windows
+from tensorpager.pager import Pager, attach_training, checked_optimizers, make_core
 from tensorpager.ranks import agreed
 from tensorpager.shards import Shard, dtensor_like, local_of, refuse_for_shards, shard_place, shards_of
 from tensorpager.spill import tensor_at
