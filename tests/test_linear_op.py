@@ -232,15 +232,16 @@ def test_only_what_is_needed_is_computed(core: Core) -> None:
 
 def test_the_derivatives_of_the_derivatives(core: Core) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (
-        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-        for shape in ((2, 2, 3), (4, 3), (4,))
-    )
-    assert torch.autograd.gradcheck(linear, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(linear, (x, weight, bias))
-    gradient = torch.randn(2, 2, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    assert torch.autograd.gradcheck(linear_grad_input, (gradient, weight))
-    assert torch.autograd.gradcheck(lambda g, y: linear_grad_weight(g, y, weight.detach()), (gradient, x))
+    for dtype in (torch.float64, torch.complex128):
+        x, weight, bias, gradient = (
+            torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True)
+            for shape in ((2, 2, 3), (4, 3), (4,), (2, 2, 4))
+        )
+        assert torch.autograd.gradcheck(linear, (x, weight, bias))
+        assert torch.autograd.gradgradcheck(linear, (x, weight, bias))
+        assert torch.autograd.gradcheck(linear_grad_input, (gradient, weight))
+        like = weight.detach()
+        assert torch.autograd.gradcheck(lambda g, y, like=like: linear_grad_weight(g, y, like), (gradient, x))
     # and with tiles
     paged = in_spill(core, torch.randn(4096, 512), requires_grad=True)
     twin, y = plain_alias(paged).clone().requires_grad_(), torch.randn(2, 512, requires_grad=True)

@@ -193,9 +193,9 @@ def test_backward_of_frozen_experts_reads_those_that_have_rows(core: Core, value
 
 def test_the_derivatives_of_the_derivatives() -> None:
     expert_ids = torch.tensor([1, 0, 2, 1, 3])
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
-    gradient = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    x, weight, gradient = (
+        torch.randn(shape, dtype=torch.complex128, requires_grad=True) for shape in ((5, 3), (3, 2, 3), (5, 2))
+    )
     assert torch.autograd.gradcheck(lambda a, b: moe_linear(a, b, expert_ids), (x, weight))
     assert torch.autograd.gradgradcheck(lambda a, b: moe_linear(a, b, expert_ids), (x, weight))
     assert torch.autograd.gradcheck(lambda a, b: moe_linear_grad_input(a, b, expert_ids), (gradient, weight))

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensorpager.gradient_places import make_gradient
-from tensorpager.op_library import define, instead_of, rule_for_autocast
+from tensorpager.op_library import define, instead_of, may_convert, rule_for_autocast
 from tensorpager.paged_tensor import Backing, PagedTensor, hold_arguments, no_guard, span_of
 from tensorpager.streaming import Sweep, backing_of, fits, is_too_large, refuse_device_backward, row_tiles, rows_of
 
@@ -67,7 +67,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: Dtype) -> None
         if dtype is None and other.dtype != x.dtype:
             msg = f"linear: input is {x.dtype} and {name} {other.dtype}; convert one, or give dtype="
             raise TypeError(msg)
-    if dtype is not None and not (dtype.is_floating_point and all(x.is_floating_point() for x in (x, *others))):
+    if dtype is not None and not may_convert(dtype, x.dtype, *(other.dtype for other in others)):
         msg = f"linear: dtype= converts floating-point numbers, not {x.dtype} and {weight.dtype} to {dtype}"
         raise TypeError(msg)
 
@@ -154,7 +154,7 @@ def _grad_input(gradient: Tensor, weight: Tensor) -> Tensor:
     if streamed is None:
         held = hold_arguments((gradient, weight if gradient.numel() > 0 else None), None)
         try:
-            return gradient @ weight.to(gradient.dtype)
+            return gradient @ weight.to(gradient.dtype).conj()
         finally:
             if held is not None:
                 held.release()
@@ -167,7 +167,7 @@ def _grad_input(gradient: Tensor, weight: Tensor) -> Tensor:
     with Sweep(backing, _sets(weight, backing, tiles)) as sweep:
         for position in sweep:
             begin, end = tiles[position]
-            tile = weight[begin:end].to(gradient.dtype)
+            tile = weight[begin:end].to(gradient.dtype).conj()
             if adds_in == gradient.dtype:
                 total.addmm_(flat[:, begin:end], tile)
             else:
@@ -199,7 +199,7 @@ def _grad_input_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
 
 def _grad_weight(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     flat = gradient.reshape(-1, gradient.shape[-1])
-    flat_x = x.reshape(-1, x.shape[-1]).to(gradient.dtype)
+    flat_x = x.reshape(-1, x.shape[-1]).to(gradient.dtype).conj()
 
     def fill(part: Tensor, begin: int, end: int) -> None:
         part.copy_(flat[:, begin:end].t() @ flat_x)

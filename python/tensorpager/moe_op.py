@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorpager.gradient_places import make_gradient
-from tensorpager.op_library import define, rule_for_autocast
+from tensorpager.op_library import define, may_convert, rule_for_autocast
 from tensorpager.paged_tensor import Backing, hold_arguments, span_of
 from tensorpager.streaming import Rows, Sweep, backing_of, is_too_large, refuse_device_backward, row_tiles, rows_of
 
@@ -55,7 +55,7 @@ def _check(name: str, x: Tensor, weight: Tensor, expert_ids: Tensor, dtype: Dtyp
     if dtype is None and x.dtype != weight.dtype:
         msg = f"{name}: input is {x.dtype} and weight {weight.dtype}; convert one, or give dtype="
         raise TypeError(msg)
-    if dtype is not None and not all(each.is_floating_point for each in (dtype, x.dtype, weight.dtype)):
+    if dtype is not None and not may_convert(dtype, x.dtype, weight.dtype):
         msg = f"{name}: dtype= converts floating-point numbers, not {x.dtype} and {weight.dtype} to {dtype}"
         raise TypeError(msg)
 
@@ -191,7 +191,7 @@ def _grad_input(gradient: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
 
         def multiply(tile: _Tile) -> None:
             begin, end = tile.rows
-            part = weight[tile.expert, tile.begin : tile.end].to(g.dtype)
+            part = weight[tile.expert, tile.begin : tile.end].to(g.dtype).conj()
             total[begin:end] += g[begin:end, tile.begin : tile.end] @ part
 
         _for_each_tile(weight, routes, multiply)
@@ -230,7 +230,7 @@ def _grad_weight(gradient: Tensor, x: Tensor, weight: Tensor, expert_ids: Tensor
     held = hold_arguments((gradient, x, expert_ids), None)
     try:
         routes = _routes("moe_linear_grad_weight", expert_ids, weight.shape[0])
-        g, x = routes.sorted(gradient), routes.sorted(x).to(gradient.dtype)
+        g, x = routes.sorted(gradient), routes.sorted(x).to(gradient.dtype).conj()
         rows_of_expert = dict(zip(routes.experts, routes.bounds, strict=True))
 
         def fill(part: Tensor, first: int, last: int) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from tensorpager.paged_tensor import Arguments, Keywords, leave_to_operator, no_guard, streamed
 
-__all__ = ["define", "instead_of", "record_steps", "rule_for_autocast"]
+__all__ = ["define", "instead_of", "may_convert", "record_steps", "rule_for_autocast"]
 
 Kernel = Callable[..., Any]
 # Tells the core's recording which steps a call takes. Called with all of the operator's arguments.
@@ -64,6 +64,13 @@ def define(
     leave_to_operator(operator)
     _records[operator] = _records[operator.default] = record
     return operator
+
+
+def may_convert(dtype: torch.dtype, *given: torch.dtype) -> bool:
+    """Whether numbers of the given dtypes may become such of `dtype`: all of them real, or all complex; no integers."""
+    return all(
+        (each.is_floating_point or each.is_complex) and each.is_complex == dtype.is_complex for each in (dtype, *given)
+    )
 
 
 def rule_for_autocast(operator: torch._ops.OpOverloadPacket, dtype_position: int) -> None:
