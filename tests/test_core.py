@@ -125,13 +125,18 @@ def test_several_schedules_are_known_and_one_is_followed(pager: _core.Pager, dat
             pager.release(step)
 
     assert pager.followed_schedule is None
+    assert pager.next_set is None
     one, other = known(first, second), known(first, third)
+    assert pager.next_set == first
     shared = known(first, common=True)
     assert pager.followed_schedule == one
     run(first, third)
     assert pager.followed_schedule == other
     assert pager.stats()["schedule_switches"] == 1
     pager.follow_schedule(shared)
+    pager.acquire(first)
+    pager.release(first)
+    assert pager.next_set == first  # its only step, once more
     run(first, third)
     assert pager.followed_schedule == shared
     pager.forget_schedule(shared)

@@ -89,7 +89,7 @@ def test_the_bits_are_those_of_eager(name: str) -> None:
         for count in (1, 9):
             assert torch.equal(model(some_ids(count)).logits, twin(some_ids(count)).logits)
         with tp.page(model, budget=32 * MIB) as pager:
-            for turn, count in enumerate((7, 1, 1, 7)):
+            for turn, count in enumerate((7, 1, 1)):
                 before = pager.stats()["page_ins"]
                 assert torch.equal(model(some_ids(count)).logits, twin(some_ids(count)).logits)
                 stats = pager.stats()

@@ -349,12 +349,12 @@ def test_threads_share_the_budget(core: Core) -> None:
 
 
 class Head(torch.nn.Module):
-    """34 MiB, most of it in one layer."""
+    """26 MiB, most of it in one layer."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.body = torch.nn.Linear(512, 512, dtype=dtype)
-        self.head = torch.nn.Linear(512, 16384, dtype=dtype)
+        self.head = torch.nn.Linear(512, 12800 * 4 // dtype.itemsize, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(torch.relu(self.body(x)))
@@ -365,7 +365,7 @@ def test_a_layer_larger_than_the_budget_works_by_itself(dtype: torch.dtype) -> N
     torch.manual_seed(0)
     model = Head(dtype)
     twin = copy.deepcopy(model)
-    budget = 24 * MIB if dtype == torch.float32 else 16 * MIB
+    budget = 22 * MIB
     x = torch.randn(2, 7, 512, dtype=dtype)
     with tp.page(model, budget=budget) as pager, torch.no_grad():
         for turn in range(4):
@@ -378,7 +378,7 @@ def test_a_layer_larger_than_the_budget_works_by_itself(dtype: torch.dtype) -> N
         assert stats["mispredicted_passes"] == 0
         # Its tiles are steps of the schedule, which keeps what it can and reads the rest ahead.
         assert stats["touches"] == stats["off_schedule_acquires"] == 0
-        assert stats["faults"] <= 2  # a pass each, where a thread comes late: the reads ahead have few frames
+        assert stats["faults"] <= 2  # where a tile comes before the one that gives up its frame is released
         schedule = stats["schedule"]
         # What was begun before the counters were set to zero, or is ahead now, is less than a pass.
         assert abs(stats["page_ins"] - 2 * schedule["page_ins_per_pass"]) <= schedule["page_ins_per_pass"]
@@ -444,7 +444,7 @@ def test_training_through_a_layer_larger_than_the_budget() -> None:
     twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     x = torch.randn(6, 512)
     with tp.page(model, optimizer, budget=24 * MIB) as pager:
-        for _ in range(3):
+        for _ in range(2):
             for its_model, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
                 for part in x.split(3):  # accumulated
                     its_model(part).square().mean().backward()
