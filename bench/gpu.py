@@ -7,6 +7,7 @@ io_uring to host memory; a step <= 1.08 of the slower of compute and link; acqui
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -21,6 +22,7 @@ MIB = 2**20
 GIB = 2**30
 PAGES_A_STEP = 4
 PASSES = 3
+STEPS = 20
 
 
 class Device:
@@ -180,7 +182,7 @@ def steps(rounds: int, width: int = 8192, depth: int = 48) -> dict[str, Measured
     inputs = torch.randn(tokens, width, dtype=torch.float16, device="cuda")
     plain = make_blocks(width, depth).to("cuda")
     paged = make_blocks(width, depth)
-    pager = tp.page(paged, weights_bytes // 3, device="cuda", host_budget=weights_bytes + weights_bytes // 4)
+    pager = tp.page(paged, budget=weights_bytes // 3, device="cuda", host_budget=weights_bytes + weights_bytes // 4)
     link = Device().mapping_costs()["link_bytes_per_second"]
 
     def timed(model: Any, warm: int) -> Callable[[], Sample]:
@@ -217,6 +219,80 @@ def steps(rounds: int, width: int = 8192, depth: int = 48) -> dict[str, Measured
         return interleave(contenders, rounds)
     finally:
         pager.close()
+
+
+def captured_steps(rounds: int, width: int = 2048, depth: int = 96) -> dict[str, Measured]:
+    """A step of one token, whose kernels are short: what launching them costs, and what a captured step saves of it.
+
+    With all weights resident, where paging costs the host alone, and with half of them.
+    """
+    import tensorpager as tp
+
+    torch = _torch()
+    weights_bytes = 2 * width * width * depth
+    token = torch.randn(1, width, dtype=torch.float16, device="cuda")
+    plain = make_blocks(width, depth).to("cuda")
+    link = Device().mapping_costs()["link_bytes_per_second"]
+    contenders: dict[str, Callable[[], Sample]] = {}
+    pagers = []
+    with torch.no_grad():
+        contenders["token, unpaged"] = _timed_steps(lambda: plain(token), None, link)
+        whole = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(whole):
+            plain(token)
+        contenders["token, unpaged, one graph"] = _timed_steps(whole.replay, None, link)
+        for share, budget_bytes in (("all", weights_bytes + weights_bytes // 8), ("half", weights_bytes // 2)):
+            paged = make_blocks(width, depth)
+            pager = tp.page(paged, budget=budget_bytes, device="cuda", host_budget=weights_bytes + weights_bytes // 4)
+            pagers.append(pager)
+            contenders[f"token, paged, {share}"] = _timed_steps(functools.partial(paged, token), pager, link)
+            for name, gates in (("in pieces", False), ("one graph with gates", True)):
+                contenders[f"token, paged, {share}, {name}"] = _captured(paged, token, pager, link, gates=gates)
+    try:
+        return interleave(contenders, rounds)
+    finally:
+        for pager in pagers:
+            pager.close()
+
+
+def _captured(model: Any, token: Any, pager: Any, link: float, *, gates: bool) -> Callable[[], Sample]:
+    made: list[Callable[[], Sample]] = []
+
+    def run() -> Sample:
+        if not made:
+            from tensorpager.errors import EngineError
+
+            try:
+                graph = pager.capture(model, token, gates=gates)
+            except EngineError as error:
+                raise Skipped(str(error)) from None
+            made.append(_timed_steps(graph.replay, pager, link, launches=graph.pieces))
+        return made[0]()
+
+    return run
+
+
+def _timed_steps(step: Callable[[], Any], pager: Any, link: float, launches: int = 0) -> Callable[[], Sample]:
+    """Seconds of STEPS steps, each, after some that are not counted; and of the link, for what they move."""
+    torch = _torch()
+
+    def moved() -> int:
+        return 0 if pager is None else int(pager.stats()["bytes_to_device"])
+
+    def run() -> Sample:
+        with torch.no_grad():
+            for _ in range(PASSES):
+                step()
+            torch.cuda.synchronize()
+            before = moved()
+            begin = time.perf_counter()
+            for _ in range(STEPS):
+                step()
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - begin) / STEPS
+        return {"seconds": seconds, "link_seconds": (moved() - before) / STEPS / link, "launches": launches}
+
+    return run
 
 
 def _no_grad(model: Any, inputs: Any) -> Any:
@@ -280,4 +356,24 @@ def summarise_steps(measured: dict[str, Measured]) -> dict[str, Any]:
             for name in measured
             if name.startswith("accelerate")
         },
+    }
+
+
+def summarise_captured_steps(measured: dict[str, Measured]) -> dict[str, Any]:
+    print_table(
+        ("a step of one token", "us", "launches"),
+        [
+            (name, f"{each.median('seconds') * 1e6:.0f}", f"{each.median('launches'):.0f}")
+            if each.samples
+            else (name, each.skipped, "")
+            for name, each in measured.items()
+        ],
+    )
+    return {
+        f"{share}_{name.replace(' ', '_')}_of_eager": ratio_of_medians(
+            measured, f"token, paged, {share}, {name}", f"token, paged, {share}", "seconds"
+        )
+        for share in ("all", "half")
+        for name in ("in pieces", "one graph with gates")
+        if measured[f"token, paged, {share}, {name}"].samples
     }

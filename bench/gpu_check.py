@@ -145,7 +145,9 @@ def measure() -> int:
         print(f"mapping, pages of {cost['page_bytes'] >> 20} MiB: {cost['us_per_gib']:.0f} us/GiB")
     stepped = gpu.steps(3)
     summary.update(gpu.summarise_steps(stepped))
-    print(f"written to {save('gpu', {**measured, **stepped}, summary, {'file_bytes': FILE_BYTES})}")
+    captured = gpu.captured_steps(3)
+    summary["captured_steps"] = gpu.summarise_captured_steps(captured)
+    print(f"written to {save('gpu', {**measured, **stepped, **captured}, summary, {'file_bytes': FILE_BYTES})}")
     return 0
 
 

@@ -85,6 +85,17 @@ def test_steps_that_fit_together_are_one_launch() -> None:
         assert counts[0] > counts[1] > counts[2] >= 17 * 2 // 8
 
 
+def test_what_fits_the_budget_is_one_launch() -> None:
+    net, twin, pager = paged_net("48MiB")
+    with pager, torch.no_grad():
+        graph = pager.capture(net, some_ids())
+        assert graph.pieces == 1
+        page_ins = pager.stats()["page_ins"]
+        for seed in range(3):
+            assert torch.equal(replayed(pager, graph, other_ids(seed)), twin(other_ids(seed)))
+        assert pager.stats()["page_ins"] == page_ins
+
+
 def test_replays_are_planned_for_and_leave_no_faults() -> None:
     net, _, pager = paged_net("20MiB")
     with pager:

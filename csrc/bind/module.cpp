@@ -549,9 +549,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
           "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
           "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "
-          "'auto' "
-          "(cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the spill, so "
-          "that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, "
+          "'auto' (cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the "
+          "spill, so that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, "
           "ValueError.")
       .def("map_file", &Pager::map_file, py::arg("path"), py::arg("aligned_offset_bytes") = 0,
            py::call_guard<py::gil_scoped_release>(),
@@ -563,8 +562,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           "map_quantised", [](Pager& self, tp::QuantisedFile& file) { return self.map_quantised(std::move(file)); },
           py::arg("file"), py::call_guard<py::gil_scoped_release>(),
           "Reserve addresses for the pages of a file, record i at Region.address + i * page_bytes. Takes the file "
-          "over. "
-          "ValueError.")
+          "over. ValueError.")
       .def("tensor", &tensor, py::arg("address"), py::arg("size_bytes"),
            "DLPack capsule of a 1-D uint8 tensor over the range, with a storage of its own; keeps the addresses "
            "reserved.")

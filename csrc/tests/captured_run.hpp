@@ -51,6 +51,8 @@ class CapturedRun {
   std::string path() const { return file_.path(); }
   Pager& pager() { return pager_; }
   SetId set(std::size_t step) const { return sets_[step]; }
+  std::size_t step_count() const { return step_count_; }
+  void use_first_steps(std::size_t count) { step_count_ = count; }
   cuda::Stream stream() const { return device_.stream(); }
   void follow_schedule() {
     const std::vector<std::int32_t> steps = [this] {
@@ -88,6 +90,7 @@ class CapturedRun {
   Pager pager_;
   Region region_;
   std::vector<SetId> sets_;
+  std::size_t step_count_ = kRunSteps;
   std::vector<KernelWork*> works_;
 };
 

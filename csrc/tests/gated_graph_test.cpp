@@ -33,7 +33,7 @@ struct Gated {
   explicit Gated(CapturedRun& of, std::chrono::milliseconds stuck_after = kStuckAfter)
       : run(of), graph(of.pager().make_gated_graph(of.stream(), kRunSteps, stuck_after)) {
     exec = run.capture([&] {
-      for (std::size_t step = 0; step < kRunSteps; ++step) {
+      for (std::size_t step = 0; step < run.step_count(); ++step) {
         graph->step(run.set(step), run.stream());
         run.launch_kernel(step);
       }
@@ -77,6 +77,40 @@ TEST(GatedGraph, sees_its_own_bytes_and_has_nothing_behind_a_waiter) {
       EXPECT_EQ(run.pager().residency().pinned_pages(), 0u);
       EXPECT_EQ(gated.graph->replays(), static_cast<std::uint64_t>(kRunReplays));
     }
+  }
+}
+
+// Everything is resident, so nothing holds the host up: it comes to the gates of the next launch before the device has
+// come to those of the last.
+TEST(GatedGraph, opens_no_gate_that_the_launch_before_has_not_come_through) {
+  static std::atomic<bool> let_go;
+  for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    CapturedRun run(slow_run_device(seed, 0));
+    run.use_first_steps(2);
+    Gated gated(run);
+    gated.replay();
+    run.synchronize();
+    let_go = false;
+    {
+      const CudaDevice::Current current(*run.pager().device());
+      CapturedRun::driver().cuLaunchHostFunc(
+          run.stream(),
+          +[](void*) {
+            while (!let_go) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+          },
+          nullptr);
+    }
+    ASSERT_TRUE(ends(run.device().standin(), [&] {
+      gated.replay();
+      std::thread next([&] { gated.replay(); });
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      let_go = true;
+      next.join();
+      gated.replay();
+      run.synchronize();
+    }));
+    EXPECT_TRUE(run.is_right());
+    EXPECT_EQ(gated.graph->replays(), 4u);
   }
 }
 

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["PIECES_IN_BUDGET", "PagedGraph", "capture"]
 
 #: A piece holds at most this part of the budget. In simulated time, with compute and link equally slow, pieces of a
-#: 16th take 1.03 times what one of them takes, of an eighth 1.09, of a quarter 1.22; with one of them twice as slow
-#: 1.00 to 1.02, but for a quarter (csrc/tests/graph_pieces_test.cpp).
+#: 16th take 1.03 times what either takes, of an eighth 1.09, of a quarter 1.22; with one of them twice as slow 1.00 to
+#: 1.02, but for a quarter (csrc/tests/graph_pieces_test.cpp).
 PIECES_IN_BUDGET = 16
 
 
@@ -175,7 +175,6 @@ def capture(
     if warmup < 1:
         msg = f"warmup is {warmup}: the function has to run at least once before it is captured"
         raise ValueError(msg)
-    pages_max = max(1, (piece_bytes or core.budget_bytes // PIECES_IN_BUDGET) // core.page_bytes)
     stream = stream_getter(core)
     launch_stream = 0 if stream is None else stream()
     with torch.inference_mode(False):  # they are written to with every call, wherever that is
@@ -186,6 +185,7 @@ def capture(
             notes = PageOperationNotes(core)
             with redirected(core, notes):
                 function(*inputs.args, **inputs.kwargs)
+        pages_max = _pages_max(core, notes.events, piece_bytes)
         captured = (
             GatedCapture(core, recorder, notes.events, pages_max, launch_stream)
             if gates
@@ -200,3 +200,11 @@ def capture(
                 captured.abandon()
                 raise
     return PagedGraph(core, director, captured.launches, inputs, output)
+
+
+def _pages_max(core: Core, events: list[int], piece_bytes: int) -> int:
+    """How many pages a piece may hold: all of a run's, if it never has to let go of any."""
+    if piece_bytes > 0:
+        return max(1, piece_bytes // core.page_bytes)
+    pages = {page for set_id in {abs(event) - 1 for event in events} for page in core.set_pages(set_id).tolist()}
+    return max(1, len(pages) if len(pages) <= core.pinnable_page_count else core.frame_count // PIECES_IN_BUDGET)

@@ -236,7 +236,8 @@ class Pager:
         arguments are inputs, copied for each call; other arguments, and what is inside of them, stay as they are.
 
         piece_bytes: how much of the budget is held at once at most, as bytes or a text such as "64MiB"; by default a
-        16th. Steps that fit together are one graph. A single step may need more.
+        16th, or all that the function uses if the budget holds it. Steps that fit together are one graph. A single
+        step may need more.
 
         gates: make one graph of all, which waits for its pages on the device, instead of one for each piece. It is
         refused, with EngineError and the reason, where this device and stream would not get on meanwhile, and has to be
