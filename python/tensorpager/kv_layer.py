@@ -127,7 +127,7 @@ class RecordForm:
         sizes = (self.key_size * self.key_dtype.itemsize, self.value_size * self.value_dtype.itemsize)
         return all(size % _ROW_ALIGN_BYTES == 0 for size in sizes)
 
-    def views(self, core: Core, address: int, capacity: int, backing: Backing) -> tuple[PagedTensor, PagedTensor]:
+    def views(self, core: Core, address: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and all values of so many records, [batch, heads, capacity, size]. Reads nothing."""
         made = []
         for offset, heads, size, dtype in (
@@ -136,7 +136,7 @@ class RecordForm:
         ):
             shape = (self.batch, heads, capacity, size)
             strides = (heads * size, size, self.size_bytes // dtype.itemsize, 1)
-            made.append(make_paged(tensor_at(core, address + offset, shape, strides, dtype), backing))
+            made.append(tensor_at(core, address + offset, shape, strides, dtype))
         return made[0], made[1]
 
 
@@ -157,8 +157,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._track = sweep.track(number, f"layer {number} of a KV cache")
         self._form: RecordForm | None = None
         self._region = (0, 0)  # address, size in bytes
-        self._keys: PagedTensor | None = None  # all records there are addresses for
-        self._values: PagedTensor | None = None
+        self._backing = Backing(space.core, self._track.window.name)
+        self._backing.windows.append(self._track.window)
+        self._paged: tuple[PagedTensor, ...] = ()  # keys and values of all records that there are addresses for
+        self._plain: tuple[torch.Tensor, ...] = ()  # the same, without a guard
         self._rows: torch.Tensor | None = None  # which row each row is to be: [Note: rows that move]
         self._length = 0  # tokens seen
         self._origin = 0  # the token of record 0
@@ -195,6 +197,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         Views of the pages, which are held until the next layer is entered. PagedTensorError for tensors of another form
         and for such that require gradients; BudgetError on a device when the layer does not fit; IoError, ClosedError.
         """
+        states = (key_states, value_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             msg = "keys and values that are paged keep no gradients: generate under torch.no_grad(), as generate() does"
             raise PagedTensorError(msg)
@@ -208,11 +211,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._make_room(count)
         first = self._first
         self._enter(count)
-        assert self._keys is not None
-        assert self._values is not None
         at = self._length - self._origin
-        self._keys[:, :, at : at + count].copy_(key_states)
-        self._values[:, :, at : at + count].copy_(value_states)
+        # On the host a first write traps, and is seen; on a device the guard has to see it.
+        for tensor, new in zip(self._paged if self._track.window.on_device else self._plain, states, strict=True):
+            tensor[:, :, at : at + count].copy_(new)
         self._length += count
         self._track.end = self._length - self._origin
         return self._view(first)
@@ -331,10 +333,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def records(self, row: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, end - begin, size] of a row's tokens begin .. end - 1: views of the pages, which come
         in as they are used. Rows that are to move have to have moved (settle())."""
-        assert self._keys is not None
-        assert self._values is not None
         span = slice(begin - self._origin, end - self._origin)
-        return self._keys[row, :, span], self._values[row, :, span]
+        keys, values = (tensor[row, :, span] for tensor in self._paged)
+        return keys, values
 
     def settle(self) -> None:
         """Move rows now that are to move."""
@@ -400,11 +401,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _view(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._form is not None
-        assert self._keys is not None
-        assert self._values is not None
         begin, end = first - self._origin, self._length - self._origin
-        keys, values = self._keys[:, :, begin:end], self._values[:, :, begin:end]
+        keys, values = (self._guarded(tensor[:, :, begin:end]) for tensor in self._plain)
         return (keys, values) if self._form.is_aligned else (keys.contiguous(), values.contiguous())
+
+    def _guarded(self, view: torch.Tensor) -> PagedTensor:
+        paged: PagedTensor = view.as_subclass(PagedTensor)
+        paged._tp_backing = self._backing
+        return paged
 
     def _seen(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._rows is not None or not self._sweep.is_at(self._track):
@@ -422,10 +426,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         rows, self._rows = self._rows, None
         if rows is None or torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             return
-        assert self._keys is not None
-        assert self._values is not None
         for begin, end in self._pieces():
-            for tensor in (self._keys, self._values):
+            for tensor in self._paged:
                 bits = tensor.view(_BITS[tensor.element_size()])[:, :, begin:end]
                 moved = bits.index_select(0, rows)
                 if not torch.equal(bits, moved):
@@ -476,17 +478,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _relocate(self, form: RecordForm, capacity: int, rows: torch.Tensor | None) -> None:
         """Move what is there to another region, as records of another form, or where more of them have room."""
         self._sweep.leave()
-        region, keys, values, pieces = self._region, self._keys, self._values, list(self._pieces())
+        region, paged, pieces = self._region, self._paged, list(self._pieces())
         first, origin = self.stored_from, self._origin
         self._region = (0, 0)
         self._place(form, capacity)
         self._origin = first
-        assert self._keys is not None
-        assert self._values is not None
         for begin, end in pieces:
             at = begin + origin - first
-            for old, new in ((keys, self._keys), (values, self._values)):
-                assert old is not None
+            for old, new in zip(paged, self._paged, strict=True):
                 part = old[:, :, begin:end]
                 new[:, :, at : at + end - begin].copy_(part if rows is None else part.index_select(0, rows))
         self._track.first, self._track.end = self._first - self._origin, self._length - self._origin
@@ -503,10 +502,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         track, core = self._track, self._space.core
         track.address, track.record_bytes = self._region[0], form.size_bytes
         track.capacity = self._region[1] // form.size_bytes
-        backing = Backing(core, track.window.name)
-        backing.windows.append(track.window)
         with torch.inference_mode(False):  # or they could not be written to outside of it
-            self._keys, self._values = form.views(core, track.address, track.capacity, backing)
+            self._plain = form.views(core, track.address, track.capacity)
+            self._paged = tuple(make_paged(tensor, self._backing) for tensor in self._plain)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from tensorpager.contents import MODIFIED, Contents
-from tensorpager.errors import BudgetError
+from tensorpager.errors import BudgetError, ClosedError
 from tensorpager.pass_plan import PageSchedule, Steps, plan_pass
 from tensorpager.windows import Hook, Window
 
@@ -129,6 +129,9 @@ class Sweep:
         IoError, ClosedError.
         """
         self.leave()
+        if self._core.closed:
+            msg = "the KV cache was closed: its keys and values are gone from memory"
+            raise ClosedError(msg)
         if track.number <= self._last_number:
             self._core.begin_pass()
             self._plan(added)
