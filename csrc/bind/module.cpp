@@ -540,18 +540,17 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager
-      .def(
-          py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
-          py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
-          py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
-          py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "", py::arg("transport") = "auto",
-          py::arg("cufile_library") = "", py::arg("pagefile") = py::none(),
-          "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
-          "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
-          "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "
-          "'auto' (cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the "
-          "spill, so that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, "
-          "ValueError.")
+      .def(py::init(&make_pager), py::kw_only(), py::arg("budget_bytes"), py::arg("page_bytes") = 0,
+           py::arg("engine") = "auto", py::arg("io_depth") = 0, py::arg("inflight_bytes") = 0,
+           py::arg("spill_directory") = "", py::arg("event_capacity") = 65536, py::arg("device") = -1,
+           py::arg("host_budget_bytes") = 0, py::arg("driver_library") = "", py::arg("transport") = "auto",
+           py::arg("cufile_library") = "", py::arg("pagefile") = py::none(),
+           "Allocates budget_bytes // page_bytes frames at once. device: -1 for the host, or a CUDA device's number; "
+           "then the frames are its memory, and host_budget_bytes (0: 1 GiB) is for the tier beneath. driver_library: "
+           "for tests, a stand-in for the driver whose device memory is host memory. transport, of files to a device: "
+           "'auto' (cuFile where it is direct), 'host' or 'cufile'. pagefile: where modified pages go instead of the "
+           "spill, so that commit() can be called; taken over. BudgetError, MemoryMapError, EngineError, DeviceError, "
+           "ValueError.")
       .def("map_file", &Pager::map_file, py::arg("path"), py::arg("aligned_offset_bytes") = 0,
            py::call_guard<py::gil_scoped_release>(),
            "Reserve addresses for a file, read-only: byte i is at Region.address + i. On a device the byte at "
