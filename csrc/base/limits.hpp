@@ -32,6 +32,11 @@ inline constexpr unsigned kIoRetryMax = 1000;
 // io_uring refuses larger registered buffers (io_uring_register(2)).
 inline constexpr std::size_t kRegisteredBufferBytesMax = 1 * kGiB;
 
+// Aligned memory of one thread that transfers from and to memory that is not aligned go through.
+inline constexpr std::size_t kBounceBytesMax = 32 * kMiB;
+
+inline constexpr unsigned kTransferThreadsMax = 64;
+
 inline constexpr unsigned kFilesMax = 4096;
 inline constexpr std::size_t kFramesMin = 4;
 

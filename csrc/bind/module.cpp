@@ -6,7 +6,9 @@
 #include <pybind11/stl.h>
 
 #include "base/error.hpp"
-#include "bind/dlpack.hpp"
+#include "bind/byte_tensor.hpp"
+#include "bind/file_transfers.hpp"
+#include "bind/interrupted.hpp"
 #include "bind/recording.hpp"
 #include "device/cufile.hpp"
 #include "device/mapping_cost.hpp"
@@ -19,6 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
+using tp::interrupted;
 using tp::Pager;
 using Int32Array = py::array_t<std::int32_t, py::array::c_style>;
 
@@ -46,16 +49,6 @@ void raise_python_error(const tp::Error& error) {
   const bool is_os_error = error.kind() == tp::ErrorKind::io;
   const py::object instance = is_os_error ? type(error.error_number(), error.what()) : type(error.what());
   PyErr_SetObject(type.ptr(), instance.ptr());
-}
-
-void check_signals() {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
-const tp::Residency::Interrupted& interrupted() {
-  static const tp::Residency::Interrupted callback = check_signals;
-  return callback;
 }
 
 // A raw stream handle, as torch gives it. 0 is the legacy default stream; on the host it means nothing.
@@ -103,32 +96,16 @@ std::int64_t hold(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes
 }
 
 // A capsule over bytes of the address space. It keeps the space, and with it the addresses, alive; not the pager.
-struct TensorOwner {
-  std::shared_ptr<tp::AddressSpace> space;
-  std::int64_t shape[1];
-  tp::dlpack::ManagedTensor managed;
-};
-
-void delete_owner(tp::dlpack::ManagedTensor* managed) { delete static_cast<TensorOwner*>(managed->context); }
-
 py::capsule tensor(Pager& pager, std::uintptr_t address, std::uint64_t size_bytes) {
   const auto* begin = reinterpret_cast<const std::byte*>(address);
   const tp::PageId first = pager.space()->find(begin);
   const tp::PageId last = size_bytes == 0 ? first : pager.space()->find(begin + size_bytes - 1);
   if (!first.valid() || !last.valid())
     throw tp::Error(tp::ErrorKind::invalid, "tensor: the range lies outside the pager's address space");
-  auto* owner = new TensorOwner{pager.space(), {static_cast<std::int64_t>(size_bytes)}, {}};
   const bool on_device = pager.device() != nullptr && !pager.device_memory_is_host_memory();
   const tp::dlpack::Device device =
       on_device ? tp::dlpack::Device{tp::dlpack::kCuda, pager.device()->facts().ordinal} : tp::dlpack::Device{};
-  owner->managed.tensor = {reinterpret_cast<void*>(address), device, 1, {1, 8, 1}, owner->shape, nullptr, 0};
-  owner->managed.context = owner;
-  owner->managed.deleter = delete_owner;
-  return py::capsule(&owner->managed, "dltensor", [](PyObject* capsule) {
-    if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;  // consumed: the tensor owns it now
-    auto* managed = static_cast<tp::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    managed->deleter(managed);
-  });
+  return tp::byte_tensor(reinterpret_cast<std::byte*>(address), size_bytes, device, pager.space());
 }
 
 std::uint32_t add_set(Pager& pager, const std::vector<std::pair<std::uintptr_t, std::uint64_t>>& ranges,
@@ -635,6 +612,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_ticket(module);
   bind_quantised_file(module);
   bind_pagefile(module);
+  tp::bind_file_transfers(module);
   py::class_<Pager> pager(module, "Pager",
                           "Page table, frames and executor thread. Any thread; waiting releases the GIL.");
   pager

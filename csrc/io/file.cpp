@@ -2,14 +2,17 @@
 #include "io/file.hpp"
 
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/magic.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdlib>
+#include <mutex>
 #include <utility>
 
 #include "base/check.hpp"
@@ -135,12 +138,17 @@ File File::open_checkpoint(const std::string& path, DirectPolicy policy) {
   // refused.
   file.descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (file.descriptor_ < 0) throw_io("could not open", path, errno, open_advice(errno));
-  file.size_bytes_ = regular_size(file.descriptor_, path);
-  // io_uring would take O_NONBLOCK for "fail with EAGAIN rather than wait for the drive".
-  const int flags = fcntl(file.descriptor_, F_GETFL);
-  if (flags < 0 || fcntl(file.descriptor_, F_SETFL, flags & ~O_NONBLOCK) != 0) throw_io("fcntl of", path, errno);
-  file.apply(policy);
+  file.finish_opening(policy);
   return file;
+}
+
+// Of a file opened with O_NONBLOCK.
+void File::finish_opening(DirectPolicy policy) {
+  size_bytes_ = regular_size(descriptor_, path_);
+  // io_uring would take O_NONBLOCK for "fail with EAGAIN rather than wait for the drive".
+  const int flags = fcntl(descriptor_, F_GETFL);
+  if (flags < 0 || fcntl(descriptor_, F_SETFL, flags & ~O_NONBLOCK) != 0) throw_io("fcntl of", path_, errno);
+  apply(policy);
 }
 
 File File::open_stored(const std::string& path, DirectPolicy policy) {
@@ -150,6 +158,31 @@ File File::open_stored(const std::string& path, DirectPolicy policy) {
   if (file.descriptor_ < 0) throw_io("could not open", path, errno, open_advice(errno));
   file.size_bytes_ = regular_size(file.descriptor_, path);
   file.apply(policy);
+  return file;
+}
+
+File File::open_to_write(const std::string& path, DirectPolicy policy) {
+  File file;
+  file.path_ = path;
+  file.descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0600);
+  if (file.descriptor_ < 0) throw_io("could not open", path, errno, open_advice(errno));
+  file.finish_opening(policy);
+  return file;
+}
+
+File File::reopen_to_write(int descriptor, DirectPolicy policy) {
+  const int flags = fcntl(descriptor, F_GETFL);
+  const std::string number = "descriptor " + std::to_string(descriptor);
+  if (flags < 0) throw_io("could not write to", number, errno);
+  if ((flags & O_ACCMODE) == O_RDONLY) throw_io("could not write to", number, EBADF, "; it is open for reading alone");
+  const std::string link = "/proc/self/fd/" + std::to_string(descriptor);
+  File file;
+  std::array<char, PATH_MAX> name{};
+  const ssize_t length = readlink(link.c_str(), name.data(), name.size());
+  file.path_ = length > 0 ? std::string(name.data(), static_cast<std::size_t>(length)) : number;
+  file.descriptor_ = open(link.c_str(), O_WRONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+  if (file.descriptor_ < 0) throw_io("could not open once more, through /proc,", file.path_, errno);
+  file.finish_opening(policy);
   return file;
 }
 
@@ -186,32 +219,65 @@ File::~File() {
   if (descriptor_ >= 0) close(descriptor_);
 }
 
+struct stat File::status() const {
+  struct stat status{};
+  if (fstat(descriptor_, &status) != 0) throw_io("fstat of", path_, errno);
+  return status;
+}
+
 std::uint64_t File::size_bytes_now() const {
   TP_CHECK(descriptor_ >= 0);
   return regular_size(descriptor_, path_);
 }
 
-void File::preallocate(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+// Throws, but for a file system that knows no such thing: false.
+bool File::allocate(int mode, std::uint64_t offset_bytes, std::uint64_t size_bytes) const {
   TP_CHECK(descriptor_ >= 0 && size_bytes > 0);
   TP_CHECK(offset_bytes + size_bytes > offset_bytes);
-  const auto offset = static_cast<off_t>(offset_bytes);
-  const auto size = static_cast<off_t>(size_bytes);
   int error_number = 0;
   do {
-    error_number = fallocate(descriptor_, 0, offset, size) == 0 ? 0 : errno;
+    const auto size = static_cast<off_t>(size_bytes);
+    error_number = fallocate(descriptor_, mode, static_cast<off_t>(offset_bytes), size) == 0 ? 0 : errno;
   } while (error_number == EINTR);
-  if (error_number == EOPNOTSUPP) {
+  if (error_number == 0 || error_number == EOPNOTSUPP) return error_number == 0;
+  throw_no_room(offset_bytes, size_bytes, error_number);
+}
+
+void File::throw_no_room(std::uint64_t offset_bytes, std::uint64_t size_bytes, int error_number) const {
+  const std::string range = std::to_string(size_bytes) + " bytes at offset " + std::to_string(offset_bytes);
+  const char* advice = error_number == ENOSPC  ? "; free space, or name another directory"
+                       : error_number == EFBIG ? "; the limit on the size of files (`ulimit -f`) is below that"
+                                               : "";
+  throw_io("could not make room for " + range + " in", path_, error_number, advice);
+}
+
+void File::preallocate(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  if (!allocate(0, offset_bytes, size_bytes)) {
     // Extends with a hole: a full disk then shows at the write. posix_fallocate would write zeros through the page
     // cache instead. Never shortens.
     const std::uint64_t end_bytes = std::max(size_bytes_now(), offset_bytes + size_bytes);
-    error_number = ftruncate(descriptor_, static_cast<off_t>(end_bytes)) == 0 ? 0 : errno;
-  }
-  if (error_number != 0) {
-    throw_io("could not make room for " + std::to_string(size_bytes) + " bytes at offset " +
-                 std::to_string(offset_bytes) + " in",
-             path_, error_number, error_number == ENOSPC ? "; free space or name another directory (store=)" : "");
+    if (ftruncate(descriptor_, static_cast<off_t>(end_bytes)) != 0) throw_no_room(offset_bytes, size_bytes, errno);
   }
   size_bytes_ = std::max(size_bytes_, offset_bytes + size_bytes);
+}
+
+void File::make_room(std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  // One at a time in this process: what one gives back must not be what another has just been given.
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  constexpr std::uint64_t kStatBlockBytes = 512;
+  const struct stat before = status();
+  const auto now_bytes = static_cast<std::uint64_t>(before.st_size);
+  const bool whole = static_cast<std::uint64_t>(before.st_blocks) * kStatBlockBytes >= now_bytes;
+  if (whole && now_bytes >= offset_bytes + size_bytes) return;
+  try {
+    // Behind the end of the file first, where a part of it can be given back without touching what the file holds.
+    allocate(FALLOC_FL_KEEP_SIZE, offset_bytes, size_bytes);
+    preallocate(offset_bytes, size_bytes);
+  } catch (const Error&) {
+    if (ftruncate(descriptor_, status().st_size) != 0) throw_io("could not give back the room behind", path_, errno);
+    throw;
+  }
 }
 
 }  // namespace tp

@@ -12,7 +12,7 @@
 // Ownership.  Memory named in a request belongs to the queue from submit() until its completion has been returned by
 //             wait(): nobody reads, writes or frees it. Disk I/O that has started can't be cancelled, so the destructor
 //             drains; memory must outlive the queue. File descriptors stay the caller's; one may be closed when no
-//             request will name it again (its FileId is never given to another).
+//             request will name it again (its FileId is never given to another, unless it is removed).
 // Registered  Where facts().registered_pages_may_move holds, the kernel keeps the physical pages that stood behind
 // memory.     registered memory then: a request names the address that was registered even when the pages have been
 //             moved with mremap since, and no engine dereferences it. Otherwise the address must be mapped, readable
@@ -120,6 +120,8 @@ class IoQueue {
 
   // At any time. direct_align_bytes is what the file asks of memory, offset and size (1 = buffered).
   virtual FileId add_file(int descriptor, std::uint32_t direct_align_bytes) = 0;
+  // No request in flight names the file, and none will: its place is for the next. The descriptor may be closed before.
+  virtual void remove_file(FileId file) = 0;
   // Before the first submit() or wait(); several calls add up. Memory is touched in (the kernel faults it).
   virtual void register_memory(std::span<std::byte> memory) = 0;
 

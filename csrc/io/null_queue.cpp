@@ -35,6 +35,8 @@ class NullQueue final : public IoQueue {
     return FileId{files_++};
   }
 
+  void remove_file(FileId file) override { TP_CHECK(file.value < files_); }
+
   void register_memory(std::span<std::byte> memory) override {
     TP_CHECK(!memory.empty());
     TP_CHECK(counters_.snapshot().requests == 0);

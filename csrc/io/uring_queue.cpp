@@ -90,6 +90,7 @@ class UringQueue final : public IoQueue {
   }
 
   FileId add_file(int descriptor, std::uint32_t direct_align_bytes) override;
+  void remove_file(FileId file) override;
   void register_memory(std::span<std::byte> memory) override;
   void submit(std::span<const IoRequest> requests) override;
   std::size_t wait(std::vector<IoCompletion>& completions, std::chrono::nanoseconds timeout) override;
@@ -117,7 +118,8 @@ class UringQueue final : public IoQueue {
   std::thread::id owner_;
   QueueCounters counters_;
 
-  std::vector<std::uint32_t> file_aligns_;  // by place in the file table; place 0 is the eventfd
+  std::vector<std::uint32_t> file_aligns_;  // by place in the file table, 0 for an empty one; place 0 is the eventfd
+  std::vector<unsigned> empty_places_;      // below file_aligns_.size()
   std::vector<iovec> slices_;               // registered memory by address; the index is the kernel's buffer index
   std::string unregistered_reason_ = "no memory has been registered yet";
   std::vector<Slot> slots_;
@@ -129,15 +131,30 @@ FileId UringQueue::add_file(int descriptor, std::uint32_t direct_align_bytes) {
   TP_CHECK(descriptor >= 0);
   TP_CHECK(direct_align_bytes > 0);
   TP_CHECK(!ring_.enabled() || owner_ == std::this_thread::get_id());
-  const auto place = static_cast<unsigned>(file_aligns_.size());
+  const bool again = !empty_places_.empty();
+  const auto place = again ? empty_places_.back() : static_cast<unsigned>(file_aligns_.size());
   if (place == file_places_) {
     throw Error(ErrorKind::invalid, "too many files for one IoQueue: " + std::to_string(file_places_ - 1) +
                                         " (kFilesMax, or RLIMIT_NOFILE when the queue was made)");
   }
   ring_.set_file(place, descriptor);
   counters_.count_system_call();
-  file_aligns_.push_back(direct_align_bytes);
+  if (again) {
+    empty_places_.pop_back();
+  } else {
+    file_aligns_.push_back(0);
+  }
+  file_aligns_[place] = direct_align_bytes;
   return FileId{place};
+}
+
+void UringQueue::remove_file(FileId file) {
+  TP_CHECK(file.value != kWakeFileIndex && file.value < file_aligns_.size() && file_aligns_[file.value] != 0);
+  TP_CHECK(!ring_.enabled() || owner_ == std::this_thread::get_id());
+  ring_.clear_file(file.value);
+  counters_.count_system_call();
+  file_aligns_[file.value] = 0;
+  empty_places_.push_back(file.value);
 }
 
 void UringQueue::register_memory(std::span<std::byte> memory) {
@@ -168,6 +185,7 @@ void UringQueue::submit(std::span<const IoRequest> requests) {
   TP_CHECK(requests.size() <= free_slots_.size());
   for (const IoRequest& request : requests) {
     TP_CHECK(request.file.value != kWakeFileIndex && request.file.value < file_aligns_.size());
+    TP_CHECK(file_aligns_[request.file.value] != 0);
     const unsigned slot_index = free_slots_.back();
     free_slots_.pop_back();
     Slot& slot = slots_[slot_index];

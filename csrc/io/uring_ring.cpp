@@ -174,6 +174,14 @@ void UringRing::set_file(unsigned index, int descriptor) {
               error_number);
 }
 
+void UringRing::clear_file(unsigned index) {
+  const int nothing = -1;
+  const int rc = io_uring_register_files_update(&ring_, index, &nothing, 1);
+  if (rc == 1) return;
+  const int error_number = rc < 0 ? -rc : EINVAL;
+  throw Error(ErrorKind::io, "io_uring would not let go of a file: " + describe_errno(error_number), error_number);
+}
+
 int UringRing::register_buffers(std::span<const iovec> slices) {
   TP_CHECK(!enabled_);
   TP_CHECK(!slices.empty());

@@ -32,6 +32,7 @@ class UringRing {
 
   void enable();  // on the thread that will use the ring
   void set_file(unsigned index, int descriptor);
+  void clear_file(unsigned index);
   // 0, or the errno value: memory comes in slices of at most kRegisteredBufferBytesMax. All or nothing; again replaces.
   int register_buffers(std::span<const iovec> slices);
 

@@ -8,7 +8,6 @@
 #include "io/worker_queue.hpp"
 
 #include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,6 +22,7 @@
 
 #include "base/check.hpp"
 #include "base/error.hpp"
+#include "base/signals_blocked.hpp"
 #include "io/queue_counters.hpp"
 #include "io/wake_event.hpp"
 
@@ -31,7 +31,7 @@ namespace {
 
 struct OpenFile {
   BlockingTransfers::File file = 0;
-  std::uint32_t align_bytes = 1;
+  std::uint32_t align_bytes = 1;  // 0: removed
 };
 
 struct Task {
@@ -49,22 +49,6 @@ struct Shared {
   std::condition_variable started;
   std::size_t started_workers = 0;
   std::exception_ptr refusal;  // what the first worker that could not start threw
-};
-
-// New threads inherit the signal mask: with all signals blocked, handlers run on the program's own threads.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    TP_CHECK(pthread_sigmask(SIG_SETMASK, &all, &before_) == 0);
-  }
-  ~SignalsBlocked() { TP_CHECK(pthread_sigmask(SIG_SETMASK, &before_, nullptr) == 0); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
 };
 
 class WorkerQueue final : public IoQueue {
@@ -109,9 +93,23 @@ class WorkerQueue final : public IoQueue {
   FileId add_file(int descriptor, std::uint32_t direct_align_bytes) override {
     TP_CHECK(descriptor >= 0);
     TP_CHECK(direct_align_bytes > 0);
-    if (files_.size() == kFilesMax) throw Error(ErrorKind::invalid, "too many files for one IoQueue (kFilesMax)");
-    files_.push_back({transfers_->add_file(descriptor), direct_align_bytes});
-    return FileId{static_cast<std::uint32_t>(files_.size() - 1)};
+    if (files_.size() == kFilesMax && empty_places_.empty())
+      throw Error(ErrorKind::invalid, "too many files for one IoQueue (kFilesMax)");
+    const OpenFile file{transfers_->add_file(descriptor), direct_align_bytes};
+    if (empty_places_.empty()) {
+      files_.push_back(file);
+      return FileId{static_cast<std::uint32_t>(files_.size() - 1)};
+    }
+    const FileId place = empty_places_.back();
+    empty_places_.pop_back();
+    files_[place.value] = file;
+    return place;
+  }
+
+  void remove_file(FileId file) override {
+    TP_CHECK(file.value < files_.size() && files_[file.value].align_bytes != 0);
+    files_[file.value].align_bytes = 0;
+    empty_places_.push_back(file);
   }
 
   void register_memory(std::span<std::byte> memory) override {
@@ -126,7 +124,7 @@ class WorkerQueue final : public IoQueue {
     {
       const std::lock_guard lock(shared_->mutex);
       for (const IoRequest& request : requests) {
-        TP_CHECK(request.file.value < files_.size());
+        TP_CHECK(request.file.value < files_.size() && files_[request.file.value].align_bytes != 0);
         const OpenFile& file = files_[request.file.value];
         shared_->todo.push_back({file.file, {request, file.align_bytes, options_.transfer_max_bytes}});
         counters_.count_request();
@@ -239,8 +237,9 @@ class WorkerQueue final : public IoQueue {
 
   const IoQueueOptions options_;
   const pid_t process_;
-  std::vector<OpenFile> files_;  // owner only
-  unsigned in_flight_ = 0;       // owner only
+  std::vector<OpenFile> files_;       // owner only
+  std::vector<FileId> empty_places_;  // in files_; owner only
+  unsigned in_flight_ = 0;            // owner only
   WakeEvent wake_;
   WakeEvent done_event_;
   QueueCounters counters_;

@@ -5,16 +5,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <bit>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <string>
-#include <thread>
 
 #include "base/check.hpp"
 #include "base/error.hpp"
+#include "base/huge_memory.hpp"
 #include "base/limits.hpp"
 
 namespace tp {
@@ -109,30 +108,7 @@ void FramePool::populate(int numa_node) {
     throw Error(ErrorKind::memory, "MADV_DONTFORK on the frames failed: " + describe_errno(errno), errno);
   }
   prefer_numa_node(base_, bytes, numa_node);
-  // Zeroing runs at memory speed per core, so every core takes a share; two are enough on small machines.
-  const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
-  const std::size_t frames_per_thread = (frame_count_ + threads - 1) / threads;
-  std::atomic<int> failure{0};
-  std::vector<std::thread> workers;
-  for (unsigned worker = 0; worker < threads; ++worker) {
-    const std::size_t first = std::min(frame_count_, worker * frames_per_thread);
-    const std::size_t last = std::min(frame_count_, first + frames_per_thread);
-    if (first == last) break;
-    workers.emplace_back([this, first, last, &failure] {
-      std::byte* begin = base_ + first * frame_bytes_;
-      const std::size_t size = (last - first) * frame_bytes_;
-      int result = 0;
-      while ((result = madvise(begin, size, MADV_POPULATE_WRITE)) != 0 && errno == EAGAIN) {
-      }
-      if (result == 0) return;
-      if (errno == EINVAL) {  // before Linux 5.14
-        for (std::size_t offset = 0; offset < size; offset += 4 * kKiB) begin[offset] = std::byte{0};
-        return;
-      }
-      failure = errno;
-    });
-  }
-  for (std::thread& worker : workers) worker.join();
+  const int failure = tp::populate(memory());
   if (failure != 0) {
     throw Error(ErrorKind::memory,
                 "could not populate " + mebibytes(bytes) + " of frames: " + describe_errno(failure) +

@@ -70,9 +70,23 @@ FileId SimQueue::add_memory_file(std::vector<std::byte>& bytes, std::uint32_t di
 FileId SimQueue::add_file(int descriptor, std::uint32_t direct_align_bytes) {
   TP_CHECK(descriptor >= 0);
   TP_CHECK(direct_align_bytes > 0);
+  const SimFile file{nullptr, descriptor, direct_align_bytes};
+  if (!empty_places_.empty()) {
+    const FileId place = empty_places_.back();
+    empty_places_.pop_back();
+    files_[place.value] = file;
+    return place;
+  }
   if (files_.size() == kFilesMax) throw Error(ErrorKind::invalid, "too many files for one IoQueue (kFilesMax)");
-  files_.push_back({nullptr, descriptor, direct_align_bytes});
+  files_.push_back(file);
   return FileId{static_cast<std::uint32_t>(files_.size() - 1)};
+}
+
+void SimQueue::remove_file(FileId file) {
+  TP_CHECK(file.value < files_.size() && files_[file.value].align_bytes != 0);
+  for (const InFlight& flight : in_flight_) TP_CHECK(flight.progress.request().file != file);
+  files_[file.value] = {nullptr, -1, 0};
+  empty_places_.push_back(file);
 }
 
 void SimQueue::register_memory(std::span<std::byte> memory) {

@@ -76,6 +76,7 @@ class SimQueue final : public IoQueue {
   IoQueueFacts facts() const override;
   IoQueueCounters counters() const noexcept override { return counters_.snapshot(); }
   FileId add_file(int descriptor, std::uint32_t direct_align_bytes) override;
+  void remove_file(FileId file) override;
   void register_memory(std::span<std::byte> memory) override;
   void submit(std::span<const IoRequest> requests) override;
   std::size_t wait(std::vector<IoCompletion>& completions, std::chrono::nanoseconds timeout) override;
@@ -86,7 +87,7 @@ class SimQueue final : public IoQueue {
   struct SimFile {
     std::vector<std::byte>* bytes = nullptr;  // null: the descriptor
     int descriptor = -1;
-    std::uint32_t align_bytes = 1;
+    std::uint32_t align_bytes = 1;  // 0: removed
   };
   struct InFlight {
     TransferProgress progress;
@@ -104,6 +105,7 @@ class SimQueue final : public IoQueue {
   std::mt19937_64 random_;
   std::uint64_t tick_ = 0;
   std::vector<SimFile> files_;
+  std::vector<FileId> empty_places_;  // in files_
   std::vector<InFlight> in_flight_;
   WakeEvent wake_;
   QueueCounters counters_;
