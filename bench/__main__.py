@@ -12,7 +12,7 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
-ONLY_BY_NAME = ("training-bytes", "training-time", "kill-resume")  # minutes each
+ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "kill-resume")  # minutes each
 
 
 def main() -> int:
@@ -56,6 +56,10 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import stored_as
 
         stored_as.run(options.rounds)
+    elif item == "aio-shim":
+        from bench import aio_shim
+
+        aio_shim.run(options.rounds)
     elif item == "training-bytes":
         from bench import training_bytes
 

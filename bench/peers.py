@@ -23,7 +23,7 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 BUILD_SECONDS_MAX = 900
 
 # Package, what must import, and how it is installed. DeepSpeed compiles its op at first use, against the torch that
-# is there.
+# is there, and needs the header of libaio.
 OPTIONAL = {
     "KvikIO": ("kvikio-cu12==26.10.0", "import kvikio", ()),
     "DeepSpeed": (
@@ -48,16 +48,32 @@ def prepare() -> dict[str, str]:
 
 def _missing(name: str) -> str:
     package, check, options = OPTIONAL[name]
+    if reason := _missing_header(name):
+        return reason
     torch_before = _torch_version()
     if not _imports(package):
         done = _try(_pip(package, *options))
         if done.returncode != 0:
-            return f"{package} can't be installed: {_last_line(done.stderr)}"
+            return f"{package} can't be installed: {last_line(done.stderr)}"
         if _torch_version() != torch_before:
             msg = f"{package} replaced torch {torch_before}: remove .venv-peers and take {name} out"
             raise SystemExit(msg)
     done = _try([str(PYTHON), "-c", check])
-    return "" if done.returncode == 0 else f"{package} is installed and can't be used: {_last_line(done.stderr)}"
+    return "" if done.returncode == 0 else f"{package} is installed and can't be used: {last_line(done.stderr)}"
+
+
+def _missing_header(name: str) -> str:
+    if name != "DeepSpeed":
+        return ""
+    compiler = os.environ.get("CXX", "c++")
+    done = subprocess.run(
+        [compiler, "-fsyntax-only", "-x", "c++", "-"],
+        input="#include <libaio.h>",
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    return "" if done.returncode == 0 else "it needs the header of libaio (apt-get install libaio-dev)"
 
 
 def _imports(package: str) -> bool:
@@ -72,7 +88,8 @@ def _pip(*arguments: str) -> list[str]:
     return [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """What programs of the peers' environment find: its own commands, and that there is no GPU."""
     path = os.pathsep.join([str(PYTHON.parent), os.environ.get("PATH", "")])
     return {**os.environ, "PATH": path, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
 
@@ -80,7 +97,7 @@ def _environment() -> dict[str, str]:
 def _try(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=_environment(), timeout=BUILD_SECONDS_MAX
+            command, capture_output=True, text=True, check=False, env=environment(), timeout=BUILD_SECONDS_MAX
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"still not done after {BUILD_SECONDS_MAX} s")
@@ -93,7 +110,7 @@ def _run(command: list[str]) -> None:
         raise SystemExit(msg)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Paths of the machine that built the peer say nothing, and would end up in the results.
     return re.sub(r"[^ ]*/[^ ]+:\d+: ", "", lines[-1])[-90:] if lines else "no message"
@@ -103,7 +120,7 @@ def read_with(peer: str, path: Path) -> Sample:
     """One cold read by a peer in a process of its own: bandwidth (GiB/s) and cpu (CPU seconds a GiB)."""
     done = _try([str(PYTHON), str(ROOT / "bench/peer_read.py"), peer, str(path)])
     if done.returncode != 0:
-        raise Skipped(_last_line(done.stderr))
+        raise Skipped(last_line(done.stderr))
     facts = json.loads(done.stdout.splitlines()[-1])
     gib = facts["bytes"] / 2**30
     return {"bandwidth": gib / facts["seconds"], "cpu": facts["cpu_seconds"] / gib}

@@ -132,16 +132,18 @@ void bind_transfers(py::module_& module) {
            py::arg("engine") = "auto", "EngineError, ValueError.")
       .def(
           "start_read",
-          [](OwningTransfers& self, const std::string& path, std::uint64_t offset_bytes, std::uintptr_t address,
-             std::uint64_t size_bytes,
-             py::object owner) { self.start(std::move(owner), reading(path, offset_bytes, address, size_bytes)); },
+          [](OwningTransfers& self, const py::bytes& path, std::uint64_t offset_bytes, std::uintptr_t address,
+             std::uint64_t size_bytes, py::object owner) {
+            self.start(std::move(owner), reading(std::string(path), offset_bytes, address, size_bytes));
+          },
           py::arg("path"), py::arg("offset_bytes"), py::arg("address"), py::arg("size_bytes"), py::arg("owner"),
           "IoError when the file can't be opened or ends before the range does; MemoryMapError, ForkedProcessError.")
       .def(
           "start_write",
-          [](OwningTransfers& self, const std::string& path, std::uint64_t offset_bytes, std::uintptr_t address,
-             std::uint64_t size_bytes,
-             py::object owner) { self.start(std::move(owner), writing(path, offset_bytes, address, size_bytes)); },
+          [](OwningTransfers& self, const py::bytes& path, std::uint64_t offset_bytes, std::uintptr_t address,
+             std::uint64_t size_bytes, py::object owner) {
+            self.start(std::move(owner), writing(std::string(path), offset_bytes, address, size_bytes));
+          },
           py::arg("path"), py::arg("offset_bytes"), py::arg("address"), py::arg("size_bytes"), py::arg("owner"),
           "Makes the file where there is none, mode 0600, and room in it. IoError when the disk has none; "
           "MemoryMapError, ForkedProcessError.")
@@ -155,17 +157,17 @@ void bind_transfers(py::module_& module) {
           "To a file that is open for writing. IoError, MemoryMapError, ForkedProcessError.")
       .def(
           "read",
-          [](OwningTransfers& self, const std::string& path, std::uint64_t offset_bytes, std::uintptr_t address,
+          [](OwningTransfers& self, const py::bytes& path, std::uint64_t offset_bytes, std::uintptr_t address,
              std::uint64_t size_bytes, py::object owner) {
-            self.start_and_wait(std::move(owner), reading(path, offset_bytes, address, size_bytes));
+            self.start_and_wait(std::move(owner), reading(std::string(path), offset_bytes, address, size_bytes));
           },
           py::arg("path"), py::arg("offset_bytes"), py::arg("address"), py::arg("size_bytes"), py::arg("owner"),
           "start_read(), and wait for this one alone. KeyboardInterrupt: wait() waits for it then.")
       .def(
           "write",
-          [](OwningTransfers& self, const std::string& path, std::uint64_t offset_bytes, std::uintptr_t address,
+          [](OwningTransfers& self, const py::bytes& path, std::uint64_t offset_bytes, std::uintptr_t address,
              std::uint64_t size_bytes, py::object owner) {
-            self.start_and_wait(std::move(owner), writing(path, offset_bytes, address, size_bytes));
+            self.start_and_wait(std::move(owner), writing(std::string(path), offset_bytes, address, size_bytes));
           },
           py::arg("path"), py::arg("offset_bytes"), py::arg("address"), py::arg("size_bytes"), py::arg("owner"),
           "start_write(), and wait for this one alone. KeyboardInterrupt: wait() waits for it then.")

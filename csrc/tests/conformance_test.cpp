@@ -499,6 +499,23 @@ TEST_P(ConformanceTest, a_child_of_fork_can_drop_its_copy_and_the_parent_goes_on
   EXPECT_EQ(first_wrong(memory.span(), 0), kMiB);
 }
 
+TEST_P(ConformanceTest, a_removed_file_makes_room_for_another) {
+  const PatternFile first(4096, 1), second(4096, 2);
+  const auto queue = make({});
+  const Memory memory(4096);
+  for (unsigned at = 0; at < kFilesMax + 10; ++at) {
+    const PatternFile& pattern = at % 2 == 0 ? first : second;
+    const File file = File::open_checkpoint(pattern.path(), DirectPolicy::disabled);
+    const FileId id = add(*queue, file);
+    if (at % 1000 < 2) {
+      const IoRequest request = read_request(at, id, 0, memory.at(0), 4096);
+      run_all(*queue, {&request, 1});
+      ASSERT_EQ(first_wrong(memory.span(), 0, 1 + at % 2), 4096u);
+    }
+    queue->remove_file(id);
+  }
+}
+
 TEST_P(ConformanceTest, too_many_files_are_an_error) {
   const PatternFile pattern(4096);
   const File file = File::open_checkpoint(pattern.path(), DirectPolicy::disabled);

@@ -17,6 +17,7 @@ __all__: list[str] = [
     "DirectoryFacts",
     "EVENT_KINDS",
     "EngineCandidate",
+    "FileTransfers",
     "PAGE_STATES",
     "Pagefile",
     "Pager",
@@ -25,6 +26,10 @@ __all__: list[str] = [
     "Ticket",
     "choose_host_page_bytes",
     "device_memory",
+    "is_locked",
+    "is_locked_base",
+    "locked_memory_stats",
+    "locked_tensor",
     "mapping_costs",
     "probe_cufile",
     "probe_directory",
@@ -181,6 +186,83 @@ class Pagefile:
     def page_bytes(self) -> int: ...
     @property
     def page_count(self) -> int: ...
+
+class FileTransfers:
+    """
+    Transfers between files and memory at addresses, done by threads of its own. owner: an object that keeps the memory alive, held until the transfer has been waited for. Any thread; waiting releases the GIL. Dropping it waits for all.
+    """
+    def __init__(
+        self,
+        *,
+        block_bytes: typing.SupportsInt | typing.SupportsIndex,
+        depth: typing.SupportsInt | typing.SupportsIndex,
+        threads: typing.SupportsInt | typing.SupportsIndex = 1,
+        one_at_a_time: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        """
+        EngineError, ValueError.
+        """
+    def read(
+        self,
+        path: bytes,
+        offset_bytes: typing.SupportsInt | typing.SupportsIndex,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        size_bytes: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.Any,
+    ) -> None:
+        """
+        start_read(), and wait for this one alone. KeyboardInterrupt: wait() waits for it then.
+        """
+    def start_read(
+        self,
+        path: bytes,
+        offset_bytes: typing.SupportsInt | typing.SupportsIndex,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        size_bytes: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.Any,
+    ) -> None:
+        """
+        IoError when the file can't be opened or ends before the range does; MemoryMapError, ForkedProcessError.
+        """
+    def start_write(
+        self,
+        path: bytes,
+        offset_bytes: typing.SupportsInt | typing.SupportsIndex,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        size_bytes: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.Any,
+    ) -> None:
+        """
+        Makes the file where there is none, mode 0600, and room in it. IoError when the disk has none; MemoryMapError, ForkedProcessError.
+        """
+    def start_write_to(
+        self,
+        descriptor: typing.SupportsInt | typing.SupportsIndex,
+        offset_bytes: typing.SupportsInt | typing.SupportsIndex,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        size_bytes: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.Any,
+    ) -> None:
+        """
+        To a file that is open for writing. IoError, MemoryMapError, ForkedProcessError.
+        """
+    def stats(self) -> dict[str, typing.Any]: ...
+    def wait(self) -> int:
+        """
+        Wait for those started; how many, each counted once. IoError of the first that failed, when all are done. KeyboardInterrupt, after which they go on.
+        """
+    def write(
+        self,
+        path: bytes,
+        offset_bytes: typing.SupportsInt | typing.SupportsIndex,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        size_bytes: typing.SupportsInt | typing.SupportsIndex,
+        owner: typing.Any,
+    ) -> None:
+        """
+        start_write(), and wait for this one alone. KeyboardInterrupt: wait() waits for it then.
+        """
 
 class Pager:
     """
@@ -426,6 +508,24 @@ def choose_host_page_bytes(budget_bytes: typing.SupportsInt | typing.SupportsInd
 def device_memory(device: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, int]:
     """
     (free, total) bytes of a CUDA device now. EngineError when it can't be used, DeviceError.
+    """
+
+def is_locked(
+    address: typing.SupportsInt | typing.SupportsIndex, size_bytes: typing.SupportsInt | typing.SupportsIndex
+) -> bool:
+    """
+    Whether the range lies in one locked_tensor() that lives.
+    """
+
+def is_locked_base(address: typing.SupportsInt | typing.SupportsIndex) -> bool:
+    """
+    Whether a locked_tensor() that lives starts there.
+    """
+
+def locked_memory_stats() -> dict[str, typing.Any]: ...
+def locked_tensor(size_bytes: typing.SupportsInt | typing.SupportsIndex) -> typing_extensions.CapsuleType:
+    """
+    DLPack capsule of a 1-D uint8 tensor in huge pages, locked in RAM where the limit on that allows it. Its memory is used again when it dies. MemoryMapError.
     """
 
 def mapping_costs(

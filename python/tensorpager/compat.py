@@ -111,17 +111,17 @@ class aio_handle:  # noqa: N801 - the name is DeepSpeed's
         return self._transfers.stats()
 
     def read(self, buffer: torch.Tensor, filename: FilePath, validate: bool, file_offset: int = 0) -> int:
-        """Fill the buffer from the file, and wait for that alone. Returns 0. validate: compare with what `read` sees."""
+        """Fill the buffer from the file, and wait for that alone. Returns 0. validate: and compare."""
         address, size_bytes, owner = _memory(buffer, written=True)
-        self._transfers.read(os.fsencode(filename), _offset(file_offset), address, size_bytes, owner)
+        self._transfers.read(_path(filename), _offset(file_offset), address, size_bytes, owner)
         if validate:
             _compare(buffer, filename, file_offset)
         return 0
 
     def write(self, buffer: torch.Tensor, filename: FilePath, validate: bool, file_offset: int = 0) -> int:
-        """Write all of the buffer, and wait for that alone. Returns 0. validate: compare with what `read` sees."""
+        """Write all of the buffer, and wait for that alone. Returns 0. validate: as in `read`."""
         address, size_bytes, owner = _memory(buffer, written=False)
-        self._transfers.write(os.fsencode(filename), _offset(file_offset), address, size_bytes, owner)
+        self._transfers.write(_path(filename), _offset(file_offset), address, size_bytes, owner)
         if validate:
             _compare(buffer, filename, file_offset)
         return 0
@@ -129,7 +129,7 @@ class aio_handle:  # noqa: N801 - the name is DeepSpeed's
     def pread(
         self, buffer: torch.Tensor, filename: FilePath, validate: bool, async_: bool, file_offset: int = 0
     ) -> int:
-        """`async_pread`, or `sync_pread` unless async_. validate: compare with what `read` sees, when it is waited for."""
+        """`async_pread`, or `sync_pread` unless async_. validate: as in `read`, once it has been waited for."""
         self.async_pread(buffer, filename, file_offset)
         return self._carry_on(buffer, filename, validate, async_, file_offset)
 
@@ -163,7 +163,7 @@ class aio_handle:  # noqa: N801 - the name is DeepSpeed's
         IoError when the file can't be opened, or ends before the buffer is full.
         """
         address, size_bytes, owner = _memory(buffer, written=True)
-        self._transfers.start_read(os.fsencode(filename), _offset(file_offset), address, size_bytes, owner)
+        self._transfers.start_read(_path(filename), _offset(file_offset), address, size_bytes, owner)
         return 0
 
     def async_pwrite(
@@ -189,7 +189,7 @@ class aio_handle:  # noqa: N801 - the name is DeepSpeed's
         if isinstance(target, int):
             self._transfers.start_write_to(target, offset_bytes, address, size_bytes, owner)
         else:
-            self._transfers.start_write(os.fsencode(target), offset_bytes, address, size_bytes, owner)
+            self._transfers.start_write(_path(target), offset_bytes, address, size_bytes, owner)
         return 0
 
     def wait(self) -> int:
@@ -217,7 +217,7 @@ class aio_handle:  # noqa: N801 - the name is DeepSpeed's
         if num_elem == 0:
             return torch.empty(0, dtype=dtype)
         size_bytes = num_elem * dtype.itemsize
-        return torch.from_dlpack(_core.locked_tensor(size_bytes)).view(dtype)  # type: ignore[no-any-return,attr-defined]
+        return torch.from_dlpack(_core.locked_tensor(size_bytes)).view(dtype)  # type: ignore[attr-defined]
 
     def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
         """Give back what `new_cpu_locked_tensor` of any handle gave; the tensor is empty afterwards.
@@ -265,7 +265,7 @@ def aio_write(
 
 
 def _memory(buffer: torch.Tensor, *, written: bool) -> tuple[int, int, object]:
-    """Address and size of the tensor's bytes, and what keeps them alive. written: by the transfer, as autograd is told."""
+    """Address and size of the tensor's bytes, and what keeps them. written: by the transfer, so autograd is told."""
     if not isinstance(buffer, torch.Tensor):
         msg = f"the buffer is a {type(buffer).__name__}, not a tensor"
         raise TypeError(msg)
@@ -286,6 +286,14 @@ def _memory(buffer: torch.Tensor, *, written: bool) -> tuple[int, int, object]:
     return buffer.data_ptr(), buffer.nbytes, buffer.untyped_storage()
 
 
+def _path(filename: FilePath) -> bytes:
+    path = os.fsencode(filename)
+    if b"\0" in path:
+        msg = f"the file name {path!r} has a null byte in it"
+        raise ValueError(msg)
+    return path
+
+
 def _offset(file_offset: int) -> int:
     if file_offset < 0:
         msg = f"file_offset is {file_offset}; it must be 0 or more"
@@ -301,7 +309,9 @@ def _compare(buffer: torch.Tensor, filename: FilePath, file_offset: int) -> None
         for begin in range(0, own.numel(), _COMPARED_BYTES):
             piece = own[begin : begin + _COMPARED_BYTES]
             found = file.read(piece.numel())
-            if len(found) == piece.numel() and torch.equal(torch.frombuffer(bytearray(found), dtype=torch.uint8), piece):
+            if len(found) == piece.numel() and torch.equal(
+                torch.frombuffer(bytearray(found), dtype=torch.uint8), piece
+            ):
                 continue
             msg = f"{os.fspath(filename)}: what it holds at offset {file_offset + begin} is not what the buffer holds"
             raise IoError(0, msg)
