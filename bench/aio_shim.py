@@ -2,8 +2,8 @@
 """`tensorpager.compat.aio_handle` beside the one that it stands for, DeepSpeed's: `python -m bench aio-shim`.
 
 The same file, read and written by both, in interleaved rounds, from and into either library's locked tensors and
-ordinary ones, with two settings of blocks. Bars: 1.2 times the bandwidth or more, at less CPU time. Then what each tells
-of a short file, a full disk and a bad path.
+ordinary ones, with two settings of blocks. Bars: 1.2 times the bandwidth or more, at less CPU time. Then what each
+tells of a short file, a full disk and a bad path.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 from bench import fio, peers
 from bench.aio_worker import FAILURES, PIECE_BYTES
@@ -96,7 +98,7 @@ class Worker:
             )
         )
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,7 +142,7 @@ def _contender(
             os.sync()
         else:
             _drop_from_cache(path)
-        return worker.measure({**job, "operation": operation.split()[0], "path": str(path)})
+        return worker.measure({**job, "operation": operation.partition(" ")[0], "path": str(path)})
 
     return measure
 

@@ -5,9 +5,9 @@
     python bench/aio_worker.py LIBRARY DIRECTORY [SMALL]    lets things go wrong, and prints {failure: what was told}
 
 LIBRARY: deepspeed or tensorpager. A measurement is {"path", "operation": "read" or "write", "memory": "locked" or
-"ordinary", "block_bytes", "depth", "size_bytes"}; the answer {"seconds", "cpu_seconds"}. Memory is allocated and touched
-before the clock starts, and is the same for all measurements of a kind. SMALL: a directory on a file system with less
-than 4 MiB.
+"ordinary", "block_bytes", "depth", "size_bytes"}; the answer {"seconds", "cpu_seconds"}. Memory is allocated and
+touched before the clock starts, and is the same for all measurements of a kind. SMALL: a directory on a file system
+with less than 4 MiB.
 """
 
 from __future__ import annotations
