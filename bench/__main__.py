@@ -7,12 +7,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
-ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "kill-resume")  # minutes each
+ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "training-peer", "kill-resume")  # minutes each
+BY_ROUNDS = ("overhead", "stored-as", "aio-shim", "training-time", "training-peer")  # their modules have run(rounds)
 
 
 def main() -> int:
@@ -48,26 +50,12 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import decode
 
         decode.run(options.rounds, parse_bytes(options.model_size), with_peers)
-    elif item == "overhead":
-        from bench import overhead
-
-        overhead.run(options.rounds)
-    elif item == "stored-as":
-        from bench import stored_as
-
-        stored_as.run(options.rounds)
-    elif item == "aio-shim":
-        from bench import aio_shim
-
-        aio_shim.run(options.rounds)
     elif item == "training-bytes":
         from bench import training_bytes
 
         training_bytes.run()
-    elif item == "training-time":
-        from bench import training_time
-
-        training_time.run(options.rounds)
+    elif item in BY_ROUNDS:
+        import_module(f"bench.{item.replace('-', '_')}").run(options.rounds)
     elif item == "kill-resume":
         from bench import kill_resume
 
