@@ -6,8 +6,8 @@
 JOB: JSON, {"library": "torch", "tensorpager" or "deepspeed", "directory", "hidden", "layers", "rows", "columns"}, and
 for tensorpager the "share" of the training state that is the budget, for deepspeed "lean" (as little memory as it
 runs with), "pipelined", and "own_aio" (its engine is `tensorpager.compat`). Each line on stdin is a number of steps to
-do; the answer {"seconds" a step, "losses", "read_bytes" and "written_bytes" a step (the kernel's counts of what went to the
-drive), "memory_bytes" (the peak of these steps, less what was there when the libraries had been imported)}.
+do; the answer {"seconds" a step, "losses", "read_bytes" and "written_bytes" a step (the kernel's counts of what went to
+the drive), "memory_bytes" (the peak of these steps, less what was there when the libraries had been imported)}.
 
 All ways train the same numbers: float32, AdamW after backward, gradients clipped to a norm of 1.
 """
