@@ -13,9 +13,9 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "streamed-linear", "plan", "schedule")
-ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "kill-resume")  # minutes each
+ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "training-peer", "kill-resume")  # minutes each
 # Whose module has run(rounds), and needs no more.
-BY_ROUNDS = frozenset({"aio-shim", "overhead", "stored-as", "streamed-linear", "training-time"})
+BY_ROUNDS = frozenset({"aio-shim", "overhead", "stored-as", "streamed-linear", "training-peer", "training-time"})
 
 
 def main() -> int:
