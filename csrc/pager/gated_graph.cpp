@@ -22,6 +22,7 @@ GatedGraph::GatedGraph(GatedGraphParts parts, cuda::Stream stream, std::size_t s
 GatedGraph::~GatedGraph() {
   // The device may still be on its way through the flags, and the executor looks at the marks.
   const CudaDevice::Current current(*parts_.device);
+  seen_at_ = std::chrono::steady_clock::now();
   try {
     for (const Step& step : steps_) wait_for(step.last_point);
   } catch (const Error&) {
