@@ -12,7 +12,7 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "plan", "schedule")
-ONLY_BY_NAME = ("training-bytes", "training-time", "kill-resume")  # minutes each
+ONLY_BY_NAME = ("training-bytes", "training-time", "kill-resume", "kv-cache", "prefix-reuse")  # minutes each
 
 
 def main() -> int:
@@ -64,6 +64,8 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import training_time
 
         training_time.run(options.rounds)
+    elif item in ("kv-cache", "prefix-reuse"):
+        _measure_contexts(item, options)
     elif item == "kill-resume":
         from bench import kill_resume
 
@@ -75,6 +77,17 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         results.mkdir(exist_ok=True)
         more = ["--large"] if item == "schedule" else ["--rounds", str(options.rounds)]
         subprocess.run([sys.executable, str(script), *more, "--json", str(results / f"{item}.json")], check=True)
+
+
+def _measure_contexts(item: str, options: argparse.Namespace) -> None:
+    if item == "kv-cache":
+        from bench import kv_cache
+
+        kv_cache.run(options.rounds)
+    else:
+        from bench import prefix_reuse
+
+        prefix_reuse.run(options.rounds, parse_bytes(options.model_size))
 
 
 if __name__ == "__main__":
