@@ -13,7 +13,15 @@ from pathlib import Path
 from tensorpager.budget import parse_bytes
 
 ITEMS = ("page-in", "decode", "overhead", "stored-as", "streamed-linear", "plan", "schedule")
-ONLY_BY_NAME = ("aio-shim", "training-bytes", "training-time", "training-peer", "kill-resume")  # minutes each
+ONLY_BY_NAME = (
+    "aio-shim",
+    "training-bytes",
+    "training-time",
+    "training-peer",
+    "kill-resume",
+    "kv-cache",
+    "prefix-reuse",
+)  # minutes each
 # Whose module has run(rounds), and needs no more.
 BY_ROUNDS = frozenset({"aio-shim", "overhead", "stored-as", "streamed-linear", "training-peer", "training-time"})
 
@@ -57,6 +65,8 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         from bench import training_bytes
 
         training_bytes.run()
+    elif item in ("kv-cache", "prefix-reuse"):
+        _measure_contexts(item, options)
     elif item == "kill-resume":
         from bench import kill_resume
 
@@ -68,6 +78,17 @@ def _measure(item: str, options: argparse.Namespace) -> None:
         results.mkdir(exist_ok=True)
         more = ["--large"] if item == "schedule" else ["--rounds", str(options.rounds)]
         subprocess.run([sys.executable, str(script), *more, "--json", str(results / f"{item}.json")], check=True)
+
+
+def _measure_contexts(item: str, options: argparse.Namespace) -> None:
+    if item == "kv-cache":
+        from bench import kv_cache
+
+        kv_cache.run(options.rounds)
+    else:
+        from bench import prefix_reuse
+
+        prefix_reuse.run(options.rounds, parse_bytes(options.model_size))
 
 
 if __name__ == "__main__":

@@ -43,12 +43,13 @@ def random_case(seed: int) -> Case:
         stored_tokens,
         block_tokens,
         bytes_per_token,
-        ReadRate(bandwidth, chosen.choice([0.0, 1e-4, 1e-2])),
+        ReadRate(bandwidth, chosen.choice([0.0, 0.0, 1.0]) * token_seconds * 100),
         ComputeRate(
             flops_per_second,
             flops_per_token,
             flops_per_token * chosen.choice([0.0, 1e-5, 1e-3]),
             chosen.choice([0.0, 0.0, token_seconds * prompt_tokens * chosen.uniform(0.01, 0.9)]),
+            chosen.choice([0.0, token_seconds * 10]),
         ),
     )
 
@@ -60,8 +61,9 @@ def simulated_seconds(case: Case) -> list[float]:
     computed = list(itertools.accumulate((each / compute.flops_per_second for each in flops), initial=0.0))
     seconds, loaded = [], 0.0
     for first in range(0, loadable_tokens(case) + 1, case.block_tokens):
-        seconds.append(loaded + max(computed[-1] - computed[first], compute.pass_seconds))
-        loaded += case.read.block_seconds + case.block_tokens * case.bytes_per_token / case.read.bytes_per_second
+        seconds.append(loaded + max(compute.start_seconds + computed[-1] - computed[first], compute.pass_seconds))
+        loaded += case.block_tokens * case.bytes_per_token / case.read.bytes_per_second
+        loaded += case.read.start_seconds if first == 0 else 0.0
     return seconds
 
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 import tensorpager as tp
 from generation_models import VOCABULARY, Checkpoint
 from standin import standin
-from tensorpager.prefix_plan import ComputeRate, ReadRate
+from tensorpager.prefix_plan import ComputeRate
 from tensorpager.prefix_store import PrefixStore
 
 __all__ = ["standin"]
@@ -298,7 +298,7 @@ def test_the_cheaper_is_done(llama: Checkpoint, store: PrefixStore) -> None:
             reuse = cache._reuse
             assert reuse is not None
             rate = ComputeRate(flops_per_second, 1e9, 0.0, pass_seconds)
-            reuse._read_rate = ReadRate(read_bytes_per_second)
+            reuse._read_pace.loaded(10**9, 10**9 / read_bytes_per_second)
             reuse._pace = type("Known", (), {"rate": rate, "computed": lambda *_: None, "passed": lambda *_: None})()
             before = store.stats()["bytes_read"]
             assert cache.load_prefix(ids) == tokens == cache.get_seq_length()

@@ -19,28 +19,30 @@ __all__ = ["ComputeRate", "PrefixPlan", "ReadRate", "plan_prefix"]
 
 @dataclass(frozen=True)
 class ReadRate:
-    """How fast blocks come from the drive: bytes_per_second, and what each block takes beside its bytes."""
+    """How fast blocks come from the drive: start_seconds for any at all, and bytes_per_second."""
 
     bytes_per_second: float
-    block_seconds: float = 0.0
+    start_seconds: float = 0.0
 
-    def seconds(self, blocks: int, size_bytes: float) -> float:
-        """For so many blocks of size_bytes in all."""
-        return blocks * self.block_seconds + size_bytes / self.bytes_per_second
+    def seconds(self, size_bytes: float) -> float:
+        """For so many bytes; 0 for none."""
+        return self.start_seconds + size_bytes / self.bytes_per_second if size_bytes > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class ComputeRate:
     """How fast a prompt is computed.
 
-    flops_per_token: of the weights. flops_per_pair: of attention, for one token and one that it sees. pass_seconds: of
-    a pass over hardly any tokens: reading the weights, where they are paged.
+    flops_per_token: of the weights. flops_per_pair: of attention, for one token and one that it sees. start_seconds:
+    of a pass, whatever it computes. pass_seconds: the least that a pass takes: reading the weights, where they are
+    paged, goes on beside the computing.
     """
 
     flops_per_second: float
     flops_per_token: float
     flops_per_pair: float = 0.0
     pass_seconds: float = 0.0
+    start_seconds: float = 0.0
 
     def flops(self, first: int, end: int) -> float:
         """Of the tokens first .. end - 1, each of which sees those before it and itself."""
@@ -48,7 +50,7 @@ class ComputeRate:
 
     def seconds(self, first: int, end: int) -> float:
         """For a pass over the tokens first .. end - 1."""
-        return max(self.pass_seconds, self.flops(first, end) / self.flops_per_second)
+        return max(self.pass_seconds, self.start_seconds + self.flops(first, end) / self.flops_per_second)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def plan_prefix(
     options: list[tuple[float, int, float]] = []
     for count in range(blocks + 1):
         tokens = count * block_tokens
-        load = read.seconds(count, tokens * bytes_per_token) if count else 0.0
+        load = read.seconds(tokens * bytes_per_token)
         options.append((load + compute.seconds(tokens, prompt_tokens), -tokens, load))
     seconds, tokens, load = min(options)
     return PrefixPlan(-tokens, seconds, load, options[0][0], options[-1][0])

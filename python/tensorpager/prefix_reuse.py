@@ -26,8 +26,8 @@ from tensorpager.errors import IoError, PagedTensorError
 from tensorpager.kv_layer import PagedLayer, RecordForm
 from tensorpager.prefix_block import ALIGN_BYTES, BlockHeader, Part, laid_out
 from tensorpager.prefix_chain import block_names, chain_root
-from tensorpager.prefix_pace import Pace
-from tensorpager.prefix_plan import ComputeRate, PrefixPlan, ReadRate, plan_prefix
+from tensorpager.prefix_pace import Pace, ReadPace
+from tensorpager.prefix_plan import ComputeRate, PrefixPlan, plan_prefix
 from tensorpager.prefix_store import NewBlock, PrefixStore, StoredBlock
 
 __all__ = ["PrefixReuse"]
@@ -56,7 +56,7 @@ class PrefixReuse:
         self._facts = facts
         self._make_pace = pace
         self._pace: Pace | None = None
-        self._read_rate: ReadRate | None = None
+        self._read_pace = ReadPace()
         self.plan: PrefixPlan | None = None  # of the last load
 
     @property
@@ -95,7 +95,7 @@ class PrefixReuse:
             began = time.perf_counter()
             loaded, size_bytes = self._fill([names[:count] for names in rows])
             if loaded == count:
-                self._learn(size_bytes, time.perf_counter() - began)
+                self._read_pace.loaded(size_bytes, time.perf_counter() - began)
                 break
             count = loaded  # what was damaged is not there any more
         for layer in self._layers:
@@ -114,33 +114,26 @@ class PrefixReuse:
             size_bytes = sum(part.size_bytes for part in block.header.parts)
             end = count * block_tokens
             self.pace.computed(end - block_tokens, end, block.header.recompute_seconds)
-            if self._read_rate is None:
+            if self._read_pace.rate is None:
                 began = time.perf_counter()
                 for _ in self._read([(block, part) for part in block.header.parts]):
                     pass
-                self._learn(size_bytes, time.perf_counter() - began)
+                self._read_pace.loaded(size_bytes, time.perf_counter() - began)
         finally:
             block.close()
         compute = self.pace.rate
-        if compute is None or self._read_rate is None:
+        read = self._read_pace.rate
+        if compute is None or read is None:
             return count
         self.plan = plan_prefix(
             prompt_tokens=prompt_tokens,
             stored_tokens=count * block_tokens,
             block_tokens=block_tokens,
             bytes_per_token=size_bytes / block_tokens * len(rows),
-            read=self._read_rate,
+            read=read,
             compute=_for_rows(compute, len(rows)),
         )
         return self.plan.load_tokens // block_tokens
-
-    def _learn(self, size_bytes: int, seconds: float) -> None:
-        if size_bytes == 0 or seconds <= 0:
-            return
-        rate = size_bytes / seconds
-        if self._read_rate is not None:  # the newest counts most
-            rate = 0.7 * rate + 0.3 * self._read_rate.bytes_per_second
-        self._read_rate = ReadRate(rate)
 
     def _fill(self, rows: list[list[bytes]]) -> tuple[int, int]:
         """(blocks that are there in every row, bytes read). Fewer than were asked for: one was gone, or damaged."""
