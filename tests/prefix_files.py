@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from tensorpager.prefix_block import BlockHeader, Part, laid_out
@@ -58,3 +59,17 @@ def load(store: PrefixStore, chain: str, index: int) -> bool:
     finally:
         block.close()
     return True
+
+
+def chain_in(directory: str | Path) -> list[Path]:
+    """The files of a directory that holds one chain, from the first block on."""
+    after: dict[str, Path] = {}
+    for path in Path(directory).glob("*.prefix"):
+        with path.open("rb") as file:
+            parent = BlockHeader.read(file.fileno(), bytes.fromhex(path.stem)).parent
+        assert parent not in after, "two chains"
+        after[parent] = path
+    chain: list[Path] = []
+    while (following := after.get(chain[-1].stem if chain else "")) is not None:
+        chain.append(following)
+    return chain

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 import tensorpager as tp
 from generation_models import VOCABULARY, Checkpoint
+from prefix_files import chain_in
 from standin import standin
 from tensorpager.prefix_plan import ComputeRate
 from tensorpager.prefix_store import PrefixStore
@@ -194,16 +195,11 @@ def test_a_model_that_was_trained_meanwhile_is_another(llama: Checkpoint, store:
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-def files_of(store: PrefixStore) -> list[Path]:
-    """In the order in which they were finished: of the chain."""
-    return sorted(Path(store.directory).glob("*.prefix"), key=lambda path: path.stat().st_mtime_ns)
-
-
 @pytest.mark.parametrize("place", ["header", "first layer", "last layer", "gone"])
 def test_a_damaged_block_ends_the_prefix(llama: Checkpoint, store: PrefixStore, place: str) -> None:
     ids = prompt(49)
     assert fill(llama, store, ids) == 6
-    path = files_of(store)[3]
+    path = chain_in(store.directory)[3]
     content = bytearray(path.read_bytes())
     content[{"header": 40, "first layer": 4096 + 99, "last layer": -5000, "gone": 0}[place]] ^= 4
     path.unlink() if place == "gone" else path.write_bytes(content)
@@ -223,7 +219,7 @@ def test_a_damaged_block_ends_the_prefix(llama: Checkpoint, store: PrefixStore, 
 def test_damage_in_the_first_block_leaves_an_empty_cache(llama: Checkpoint, store: PrefixStore) -> None:
     ids = prompt(49)
     fill(llama, store, ids)
-    path = files_of(store)[0]
+    path = chain_in(store.directory)[0]
     path.write_bytes(path.read_bytes()[:-5000] + b"\xff" * 5000)
     with cache_of(llama, store) as cache:
         assert cache.load_prefix(ids, choose="longest") == 0
@@ -234,7 +230,7 @@ def test_damage_in_the_first_block_leaves_an_empty_cache(llama: Checkpoint, stor
 def test_a_small_budget_keeps_the_first_blocks(llama: Checkpoint, store: PrefixStore) -> None:
     ids = prompt(49)
     assert fill(llama, store, ids) == 6
-    block_bytes = files_of(store)[0].stat().st_size
+    block_bytes = chain_in(store.directory)[0].stat().st_size
     small = PrefixStore(store.directory, 4 * block_bytes, block_tokens=BLOCK_TOKENS)
     assert fill(llama, small, prompt(49, seed=2)) == 4
     assert load(llama, small, prompt(49, seed=2)) == 32
@@ -288,7 +284,7 @@ def test_what_is_refused(llama: Checkpoint, store: PrefixStore) -> None:
 def test_the_cheaper_is_done(llama: Checkpoint, store: PrefixStore) -> None:
     ids = prompt(41)
     fill(llama, store, ids)
-    size_bytes = files_of(store)[0].stat().st_size
+    size_bytes = chain_in(store.directory)[0].stat().st_size
     for read_bytes_per_second, flops_per_second, pass_seconds, tokens in (
         (1.0, 1e20, 0.0, 0),
         (1e12, 1.0, 0.0, 40),

@@ -35,7 +35,7 @@ from tensorpager.spill import tensor_at
 try:
     from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 except ImportError as error:
-    message = "a KV cache needs transformers with caches made of layers, 4.56 or newer: pip install tensorpager[kv]"
+    message = "a KV cache needs a transformers whose caches are made of layers: pip install 'tensorpager[transformers]'"
     raise ImportError(message) from error
 
 if TYPE_CHECKING:
