@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -371,13 +373,18 @@ def test_processes_share_a_directory(directory: Path) -> None:
 
 
 def total_bytes(directory: Path) -> int:
-    total = 0
-    for entry in os.scandir(directory):
-        try:
-            total += entry.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """Under the lock, or what is deleted and what is made behind it would both be counted."""
+    sizes = {}
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for entry in os.scandir(directory):
+            with contextlib.suppress(FileNotFoundError):
+                facts = entry.stat()
+                sizes[facts.st_ino] = facts.st_size
+    finally:
+        os.close(descriptor)
+    return sum(sizes.values())
 
 
 def test_processes_that_are_killed(directory: Path) -> None:

@@ -111,7 +111,8 @@ class NewBlock:
         """All parts are written: from now on it can be found. OSError."""
         header = replace(self.header, parts=tuple(self._parts), recompute_seconds=recompute_seconds)
         write_all(self._descriptor, header.encode(self.name), 0)
-        with self._store._directory() as directory:
+        # Under the lock: who makes room might see neither name, and set aside more than there is.
+        with self._store._directory() as directory, self._store._locked(directory):
             os.rename(self._file_name, _file_name(self.name), src_dir_fd=directory, dst_dir_fd=directory)
         os.close(self._descriptor)
         self._descriptor = -1
@@ -188,8 +189,11 @@ class PrefixStore:
 
     def stats(self) -> dict[str, int]:
         """Of this process: blocks_saved, blocks_damaged (found, and deleted), blocks_evicted, bytes_read,
-        bytes_written; and stored_bytes and stored_blocks, of the directory as it is now."""
-        with self._directory() as directory:
+        bytes_written; and stored_bytes and stored_blocks, of the directory as it is now.
+
+        Waits for the lock, or what another process deletes and what it makes could both be counted. IoError.
+        """
+        with self._directory() as directory, self._locked(directory):
             sizes = [size for name, size, _ in _files(directory) if name.endswith(_SUFFIX)]
         with self._lock:
             names = ("blocks_saved", "blocks_damaged", "blocks_evicted", "bytes_read", "bytes_written")
