@@ -16,14 +16,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tensorpager.device import HOST
 from tensorpager.errors import ClosedError, PagedTensorError
@@ -129,16 +123,15 @@ class KVCache(DynamicCache):  # type: ignore[misc]
         layers: list[Any] = []
         for number, layer in enumerate(DynamicCache(config=config).layers):
             kind = type(layer)
+            is_dummy = kind is getattr(cache_utils, "DummyLayer", None)  # of transformers 5, as linear attention is
             if kind is DynamicLayer:
                 layers.append(PagedLayer(self._space, self._sweep, number))
             elif kind is DynamicSlidingWindowLayer:
                 layers.append(PagedLayer(self._space, self._sweep, number, layer.sliding_window))
-            elif kind is LinearAttentionLayer or (kind is DummyLayer and self._core.device == HOST):
+            elif kind is getattr(cache_utils, "LinearAttentionLayer", None) or (is_dummy and self._core.device == HOST):
                 layers.append(layer)
             else:
-                why = (
-                    "uses keys of another layer, which are not held any more" if kind is DummyLayer else "is not paged"
-                )
+                why = "uses keys of another layer, which are not held any more" if is_dummy else "is not paged"
                 msg = f"layer {number} of this model is a {kind.__name__}, which {why}; use a DynamicCache"
                 raise PagedTensorError(msg)
         return layers

@@ -35,7 +35,7 @@ from tensorpager.spill import tensor_at
 try:
     from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 except ImportError as error:
-    message = "a KV cache needs a transformers whose caches are made of layers: pip install 'tensorpager[transformers]'"
+    message = "a KV cache needs transformers 4.57 or newer, whose caches are made of layers"
     raise ImportError(message) from error
 
 if TYPE_CHECKING:
@@ -229,9 +229,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """As keys."""
         return None if not self.is_initialized else self._seen()[1]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys that a query of this many tokens sees, the token of the first of them)."""
-        return self._length - self._first + query_length, self._first
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """(keys that a query of this many tokens sees, the token of the first of them). Before transformers 5: a tensor
+        with their places."""
+        count = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self._length - self._first + count, self._first
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
@@ -250,13 +252,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.record_past = self.is_sliding
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last -tokens_to_remove tokens back. ValueError for a positive number, as in transformers;
-        RuntimeError when a window has forgotten what would come into it again."""
-        if tokens_to_remove > 0:
-            msg = f"crop({tokens_to_remove}): give the number of tokens to remove, as a negative number"
-            raise ValueError(msg)
+        """Take the last -tokens_to_remove tokens back; a positive number, as before transformers 5, says how many are
+        left. RuntimeError when a window has forgotten what would come into it again."""
         if not self.is_initialized:
             return
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self._length)
         window = self.sliding_window
         if tokens_to_remove < 0 and window is not None and self._length >= window and not self.record_past:
             msg = "the window is past tokens that would come back: call activate_past_recording() before crop()"
